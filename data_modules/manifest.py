@@ -1,0 +1,103 @@
+"""The manifest of a prepared data set: what it holds, how it was made, and the size and SHA-256 of every file.
+
+It is written last and in one step, so a folder with a manifest is a finished folder. Chunks carry no checksums of their
+own: without the manifest a flipped byte would be trained on in silence.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from zimage_lit.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+Verify = Literal["size", "sha256"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says.
+
+    splits: split -> number of samples. captions: language -> kinds, those that a sample may carry. settings: what the
+    preparation was asked for. files: path below the folder, with slashes -> {"bytes", "sha256"}. fingerprint: SHA-256
+    over the hashes of the sample chunks, the same for the same samples wherever and by however many workers they were
+    written.
+    """
+
+    name: str
+    splits: dict[str, int]
+    captions: dict[str, list[str]]
+    settings: dict[str, Any]
+    fingerprint: str
+    files: dict[str, dict[str, Any]]
+
+
+def write_manifest(
+    data_dir: Path, name: str, splits: dict[str, int], captions: dict[str, list[str]], settings: dict[str, Any]
+) -> Manifest:
+    """Hash every file below `data_dir` and write its manifest.json, as the last step of a preparation."""
+    paths = sorted(path for path in data_dir.rglob("*") if path.is_file() and not _is_bookkeeping(path, data_dir))
+    files = {
+        path.relative_to(data_dir).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
+    }
+    manifest = Manifest(name, splits, captions, settings, _fingerprint(files), files)
+    temporary = data_dir / f"{MANIFEST}.tmp"
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump({"format": FORMAT, **asdict(manifest)}, stream, indent=1, ensure_ascii=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(data_dir / MANIFEST)
+    return manifest
+
+
+def read_manifest(data_dir: Path) -> Manifest:
+    """The manifest of a prepared folder. UserError where the folder or its manifest is missing or unreadable."""
+    path = data_dir / MANIFEST
+    if not data_dir.is_dir():
+        raise UserError(f"There is no data folder {data_dir}: prepare the data first, or correct data.init_args.data_dir.")
+    if not path.is_file():
+        raise UserError(f"{data_dir} has no {MANIFEST}, so its preparation never finished: delete it and prepare it again.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.pop("format")
+        manifest = Manifest(**content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete {data_dir} and prepare it again.") from error
+    if version != FORMAT:
+        raise UserError(
+            f"{path} has format {version} and this version reads format {FORMAT}: delete {data_dir} and prepare it again."
+        )
+    return manifest
+
+
+def verify_files(data_dir: Path, manifest: Manifest, verify: Verify) -> None:
+    """Compare every file with the manifest: its size, and with "sha256" its content too. UserError names the first."""
+    way_out = f"copy it again, or delete {data_dir} and prepare it again."
+    for name, expected in manifest.files.items():
+        path = data_dir / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: {way_out}")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise UserError(f"{path} has {size} bytes where its manifest says {expected['bytes']}: {way_out}")
+        if verify == "sha256" and _sha256(path) != expected["sha256"]:
+            raise UserError(f"{path} is damaged (its SHA-256 differs from the manifest): {way_out}")
+
+
+def _is_bookkeeping(path: Path, data_dir: Path) -> bool:
+    """Files beside the data, not part of them: the manifest itself and hidden files such as locks."""
+    return path.parent == data_dir and (path.name.startswith((MANIFEST, ".")))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fingerprint(files: dict[str, dict[str, Any]]) -> str:
+    lines = [f"{name} {entry['sha256']}\n" for name, entry in sorted(files.items()) if name.endswith(".bin")]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""TinyWorld, the embedded data set: a small drawn world with captions, ground truth and an exact verifier."""

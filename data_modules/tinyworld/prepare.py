@@ -1,0 +1,228 @@
+"""Draws TinyWorld and writes it to a folder: sample chunks, latent codec, text encoder, manifest.
+
+data_dir/train, data_dir/val     litdata chunks; val holds held-out combinations only
+data_dir/codec                   PatchPCACodec fitted to training pictures
+data_dir/text_encoder            tiny Qwen3 with a tokenizer made from training captions
+data_dir/manifest.json           written last: a folder with a manifest is a finished one
+"""
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from litdata import optimize
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data_modules.manifest import MANIFEST, read_manifest, verify_files, write_manifest
+from data_modules.streaming import encode_sample
+from data_modules.tinyworld.captions import KINDS, LANGUAGES
+from data_modules.tinyworld.combinations import Split
+from data_modules.tinyworld.world import draw
+from zimage_lit.errors import UserError
+
+CHUNK_SAMPLES = 10_000  # about 14 MB
+FIT_SAMPLES = 4_096  # for the codec and the tokenizer
+LOCK = ".preparing"
+SPLITS: dict[str, Split] = {"train": "train", "val": "heldout"}
+
+
+def prepare(
+    data_dir: str | Path,
+    num_samples: int = 40_000,
+    seed: int = 0,
+    num_workers: int | None = None,
+    num_val_samples: int = 512,
+) -> None:
+    """Prepare TinyWorld in `data_dir`; returns at once where the same was prepared before.
+
+    The files are the same whatever `num_workers` (default: one for each core). A preparation that was killed is begun
+    anew; two at the same time wait for each other.
+
+    Raises:
+        UserError: `data_dir` holds a data set with other settings, or files that are no data set; sizes below 1.
+    """
+    data_dir = Path(data_dir)
+    if num_samples < 1 or num_val_samples < 1:
+        raise UserError(f"TinyWorld needs samples: num_samples={num_samples}, num_val_samples={num_val_samples}, both at least 1.")
+    settings = {
+        "num_samples": num_samples,
+        "num_val_samples": num_val_samples,
+        "seed": seed,
+        "world": world_version(seed),
+    }
+    if _is_prepared(data_dir, settings):
+        return
+    with _sole_preparation(data_dir):
+        if not _is_prepared(data_dir, settings):  # the one that was waited for may have done it
+            _prepare(data_dir, settings, num_workers or os.cpu_count() or 1)
+
+
+def world_version(seed: int = 0) -> str:
+    """A short hash of some samples: another value as soon as the world draws or says anything differently."""
+    digest = hashlib.sha256()
+    for split in SPLITS.values():
+        for index in range(32):
+            sample = draw(index, seed, split)
+            digest.update(sample.image.tobytes())
+            digest.update(json.dumps([sample.captions, sample.metadata], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _is_prepared(data_dir: Path, settings: dict[str, Any]) -> bool:
+    if not (data_dir / MANIFEST).exists():
+        return False
+    manifest = read_manifest(data_dir)
+    different = [
+        f"{key}={manifest.settings.get(key)} (now {key}={value})"
+        for key, value in settings.items()
+        if manifest.settings.get(key) != value
+    ]
+    if different:
+        raise UserError(
+            f"{data_dir} holds {manifest.name} prepared with {', '.join(different)}: "
+            "set data.init_args.data_dir to another folder, or delete this one to prepare it anew."
+        )
+    return True
+
+
+@contextmanager
+def _sole_preparation(data_dir: Path) -> Iterator[None]:
+    """Hold the folder's lock, and clear what a killed preparation left behind, or refuse a folder that is someone else's.
+
+    The lock is the kernel's: it goes when its holder and the workers forked from it are gone, however they ended.
+    """
+    marker = data_dir / LOCK
+    if data_dir.exists() and not marker.exists() and any(data_dir.iterdir()) and not (data_dir / MANIFEST).exists():
+        raise UserError(f"{data_dir} is not empty and holds no data set: set data.init_args.data_dir to a folder of its own.")
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with marker.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        if not (data_dir / MANIFEST).exists():
+            for name in (*SPLITS, "codec", "text_encoder"):
+                shutil.rmtree(data_dir / name, ignore_errors=True)
+        yield
+    marker.unlink(missing_ok=True)
+
+
+def _prepare(data_dir: Path, settings: dict[str, Any], num_workers: int) -> None:
+    start = time.monotonic()
+    sizes = {"train": settings["num_samples"], "val": settings["num_val_samples"]}
+    for split, size in sizes.items():
+        _write_split(data_dir / split, split, size, settings["seed"], num_workers)
+    _fit_components(data_dir, settings)
+    write_manifest(data_dir, "tinyworld", sizes, {language: list(KINDS) for language in LANGUAGES}, settings)
+    seconds = time.monotonic() - start
+    Console().print(
+        f"TinyWorld: {sum(sizes.values()):,} samples in {seconds:.0f} s "
+        f"({sum(sizes.values()) / seconds:,.0f}/s), in {data_dir}",
+        highlight=False,
+    )
+
+
+def _write_split(folder: Path, split: str, size: int, seed: int, num_workers: int) -> None:
+    """Draw `size` samples and have litdata write them, each worker a row of full chunks, in order."""
+    # The platform's own way to start processes: litdata sets its choice for the whole program, and its default, spawn,
+    # would slow down every DataLoader that comes after.
+    start_method = multiprocessing.get_start_method()
+    done = multiprocessing.Value("q", 0)
+    with _progress(f"Drawing TinyWorld, {split}", size, done):
+        optimize(
+            _DrawAndCount(seed, SPLITS[split], done),
+            inputs=list(range(size)),
+            output_dir=str(folder),
+            chunk_size=min(CHUNK_SAMPLES, size),
+            align_chunking=True,
+            keep_data_ordered=True,
+            reorder_files=False,
+            num_workers=max(1, min(num_workers, size // CHUNK_SAMPLES)),
+            start_method=start_method,
+            verbose=False,
+        )
+    _name_chunks_by_order(folder)
+
+
+class _DrawAndCount:
+    """What a worker does with a number: the sample, counted for the progress bar."""
+
+    def __init__(self, seed: int, split: Split, done: "Synchronized[int]") -> None:
+        self.seed, self.split, self.done = seed, split, done
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            raise SystemExit("The preparation was killed.")  # else this worker would go on and hold the lock
+        sample = draw(index, self.seed, self.split)
+        with self.done.get_lock():
+            self.done.value += 1
+        return encode_sample(sample.image, sample.captions, sample.metadata, index)
+
+
+@contextmanager
+def _progress(label: str, total: int, done: "Synchronized[int]") -> Iterator[None]:
+    """A bar with rate and time left that follows a counter which other processes raise."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}/s")
+    with Progress(*columns, TimeRemainingColumn()) as progress:
+        task = progress.add_task(label, total=total, rate="0")
+        finished = threading.Event()
+        start = time.monotonic()
+
+        def show() -> None:
+            rate = done.value / max(time.monotonic() - start, 1e-9)
+            progress.update(task, completed=done.value, rate=f"{rate:,.0f}")
+
+        def follow() -> None:
+            while not finished.wait(0.2):
+                show()
+
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            follower.join()
+            show()
+
+
+def _name_chunks_by_order(folder: Path) -> None:
+    """Give the chunks names without a worker's number in them, and the index no time, so that the files do not tell how
+    many workers wrote them, nor when."""
+    index_path = folder / "index.json"
+    index = json.loads(index_path.read_text(encoding="utf-8"))
+    hashes = hashlib.sha256()
+    for number, chunk in enumerate(index["chunks"]):
+        name = f"samples-{number:05d}.bin"
+        (folder / chunk["filename"]).rename(folder / name)
+        chunk["filename"] = name
+        hashes.update((folder / name).read_bytes())
+    index["updated_at"] = hashes.hexdigest()  # litdata only asks whether it changed
+    index_path.write_text(json.dumps(index, sort_keys=True), encoding="utf-8")
+
+
+def _fit_components(data_dir: Path, settings: dict[str, Any]) -> None:
+    """The codec from training pictures, the text encoder from their captions and from single letters."""
+    from zimage_lit.components import PatchPCACodec, build_tiny_qwen3  # transformers takes seconds to import
+
+    samples = [draw(index, settings["seed"]) for index in range(min(FIT_SAMPLES, settings["num_samples"]))]
+    images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
+    PatchPCACodec.fit(images.float() / 127.5 - 1, data_dir / "codec")
+    texts = [text for sample in samples for kinds in sample.captions.values() for text in kinds.values()]
+    build_tiny_qwen3(data_dir / "text_encoder", sorted(set(texts)), seed=settings["seed"])
+
+
+def verify(data_dir: str | Path) -> None:
+    """Compare every file of a prepared folder with its manifest, byte for byte. UserError names the first that differs."""
+    verify_files(Path(data_dir), read_manifest(Path(data_dir)), "sha256")

@@ -1,0 +1,260 @@
+"""TinyWorld: an endless, seeded world of 64x64 pictures with captions and ground truth in GenEval's form.
+
+One to four flat shapes, or one short word, on a plain grey background. `draw` is a pure function of its arguments: no
+state, no files, the same picture on every machine. What can be said about a picture, and what training never sees,
+stands in combinations.py; the sentences in captions.py; the font in glyphs.py.
+
+The world is made to be learnt in minutes through `PatchPCACodec`: shapes that stay different without their fine detail,
+colours far apart, objects of about one size on even pixels, none touching another.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from data_modules.tinyworld.captions import LANGUAGES, captions, pick, prompt
+from data_modules.tinyworld.combinations import (
+    CLASSES,
+    COLORS,
+    HELDOUT_COLORS,
+    TASKS,
+    Metadata,
+    Split,
+    is_heldout_scene,
+    statements,
+)
+from data_modules.tinyworld.glyphs import BLOCK, LETTER_HEIGHT, PITCH, word_mask
+
+IMAGE_SIZE = 64  # pixels
+OBJECT_SIZES = (16, 18)  # pixels, side of the cell that a shape fills
+LATTICE = 2  # pixels: cells start at multiples of it
+GAP = 4  # pixels between two cells, so that blurred shapes stay apart
+MARGIN = 2  # pixels between a cell and the border
+
+BACKGROUND = 128.0
+COLOR_VALUES: dict[str, tuple[int, int, int]] = {
+    "red": (220, 30, 30),
+    "yellow": (240, 220, 30),
+    "green": (20, 170, 50),
+    "blue": (30, 60, 220),
+    "purple": (140, 20, 200),
+    "pink": (250, 130, 190),
+    "black": (15, 15, 15),
+    "white": (245, 245, 245),
+}
+INK = COLOR_VALUES["black"]  # of words
+
+# The harder a task, the more of it; words are an extra and stay a small share.
+TASK_WEIGHTS = {
+    "single_object": 0.08,
+    "two_object": 0.14,
+    "counting": 0.24,
+    "colors": 0.10,
+    "position": 0.22,
+    "color_attr": 0.14,
+    "word": 0.08,
+}
+
+# A relation holds clearly when the centres are far apart along it and nearly level across it. GenEval asks for much
+# less (centres apart by more than a tenth of both sizes), but then one picture often satisfies two relations.
+MIN_OFFSET = 22  # pixels along the relation
+MAX_TILT = 0.3  # offset across / offset along
+# (x, y) from the reference to the subject
+_DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+
+
+@dataclass(frozen=True)
+class DrawnObject:
+    """One object as drawn: class, colour name, and its cell (x1, y1, x2, y2) in pixels; the shape fills the cell."""
+
+    name: str
+    color: str
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class TinyWorldSample:
+    """One picture with all that is known of it.
+
+    image: uint8 (64, 64, 3) RGB. captions: language ("en", "zh") -> kind ("tags", "short", "medium", "long", "user") ->
+    text. metadata: GenEval's {"tag", "include", "exclude"?, "prompt"}, or {"tag": "word", "text", "prompt"}.
+    objects: what was drawn, in the order of the include clauses; empty for words.
+    """
+
+    image: np.ndarray
+    captions: dict[str, dict[str, str]]
+    metadata: Metadata
+    objects: tuple[DrawnObject, ...]
+
+
+def draw(index: int, seed: int = 0, split: Split = "train", task: str | None = None) -> TinyWorldSample:
+    """Sample number `index` of the endless stream `seed`: a pure function of its arguments.
+
+    `task` (one of `combinations.TASKS`) forces the task, otherwise it is drawn by `TASK_WEIGHTS`. `split="heldout"`
+    says only held-out combinations; `"train"` neither says nor draws any. Raises ValueError for an index, split or task
+    that does not exist.
+    """
+    if index < 0:
+        raise ValueError(f"TinyWorld has samples 0, 1, 2 and so on, no sample {index}.")
+    if split not in ("train", "heldout"):
+        raise ValueError(f"TinyWorld knows no split {split!r}: choose train or heldout.")
+    rng = random.Random(f"tinyworld/{seed}/{split}/{index}")
+    drawn_task = _weighted_task(rng.random())
+    statement = pick(rng, statements(task or drawn_task, split))
+    metadata = {**statement, "prompt": prompt(statement)}
+    canvas, background = _canvas(rng)
+    if metadata["tag"] == "word":
+        _write(canvas, background, metadata["text"], rng)
+        return TinyWorldSample(canvas, captions(metadata, (), rng), metadata, ())
+    objects = _arrange(metadata, rng)
+    for item in objects:
+        _paint(canvas, background, item, rng)
+    things = [(item.name, item.color) for item in objects]
+    return TinyWorldSample(canvas, captions(metadata, things, rng), metadata, objects)
+
+
+def heldout_prompts(per_task: int, seed: int = 0, language: str = "en") -> list[Metadata]:
+    """`per_task` statements of each task (GenEval's six and "word"), task after task, held-out combinations only.
+
+    Each task's held-out statements are shuffled by `seed` and repeated in turn where there are fewer of them than
+    `per_task` (counting has six). "prompt" is in `language`; `single_object` holds nothing out (see combinations.py).
+    """
+    if language not in LANGUAGES:
+        raise ValueError(f"TinyWorld speaks {' and '.join(LANGUAGES)}, not {language!r}.")
+    prompts = []
+    for task in TASKS:
+        rng = random.Random(f"tinyworld prompts/{seed}/{task}")
+        order = sorted(statements(task, "heldout"), key=lambda _: rng.random())
+        for i in range(per_task):
+            statement = order[i % len(order)]
+            prompts.append({**statement, "prompt": prompt(statement, language)})
+    return prompts
+
+
+def _weighted_task(uniform: float) -> str:
+    for task, weight in TASK_WEIGHTS.items():
+        uniform -= weight
+        if uniform < 0:
+            return task
+    return TASKS[-1]
+
+
+def _arrange(metadata: Metadata, rng: random.Random) -> tuple[DrawnObject, ...]:
+    """Colours, sizes and places for the objects of a statement."""
+    include = metadata["include"]
+    names = [clause["class"] for clause in include for _ in range(clause["count"])]
+    colors = _choose_colors(include, rng)
+    if metadata["tag"] == "counting":
+        colors = colors * len(names)  # one colour for all: the count, not the palette, is what the sentence says
+    sizes = [pick(rng, OBJECT_SIZES) for _ in names]
+    relation = include[-1].get("position", (None,))[0]
+    boxes = _place(sizes, relation, rng)
+    return tuple(DrawnObject(*item) for item in zip(names, colors, boxes, strict=True))
+
+
+def _choose_colors(include: Sequence[Metadata], rng: random.Random) -> list[str]:
+    """One colour a clause: the stated one, or a random one; two objects differ, and nothing held out appears unsaid."""
+    if all("color" in clause for clause in include):
+        return [clause["color"] for clause in include]
+    while True:
+        things = [(clause["class"], pick(rng, _FREE_COLORS[clause["class"]])) for clause in include]
+        colors = [color for _, color in things]
+        if len(things) == 1 or (colors[0] != colors[1] and not is_heldout_scene(*things)):
+            return colors
+
+
+_FREE_COLORS = {name: [color for color in COLORS if (name, color) not in HELDOUT_COLORS] for name in CLASSES}
+
+
+def _place(sizes: Sequence[int], relation: str | None, rng: random.Random) -> list[tuple[int, int, int, int]]:
+    """Cells of the given sizes, uniform over the picture among those that keep their distance and the relation."""
+    boxes: list[tuple[int, int, int, int]] = []
+    rejected = 0
+    while len(boxes) < len(sizes):
+        box = _random_cell(sizes[len(boxes)], rng)
+        if all(_apart(box, other) for other in boxes):
+            boxes.append(box)
+        else:
+            rejected += 1
+        wrong = relation is not None and len(boxes) == 2 and not _clearly(boxes[1], relation, boxes[0])
+        if wrong or rejected > 30:  # start over: four large cells can lie so that no fifth place is left
+            boxes, rejected = [], 0
+    return boxes
+
+
+def _random_cell(size: int, rng: random.Random) -> tuple[int, int, int, int]:
+    places = (IMAGE_SIZE - size - 2 * MARGIN) // LATTICE + 1
+    x, y = (MARGIN + LATTICE * int(rng.random() * places) for _ in range(2))
+    return (x, y, x + size, y + size)
+
+
+def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    return a[2] + GAP <= b[0] or b[2] + GAP <= a[0] or a[3] + GAP <= b[1] or b[3] + GAP <= a[1]
+
+
+def _clearly(subject: tuple[int, int, int, int], relation: str, reference: tuple[int, int, int, int]) -> bool:
+    dx = (subject[0] + subject[2] - reference[0] - reference[2]) / 2
+    dy = (subject[1] + subject[3] - reference[1] - reference[3]) / 2
+    x, y = _DIRECTIONS[relation]
+    along, across = dx * x + dy * y, abs(dx * y) + abs(dy * x)
+    return along >= MIN_OFFSET and across <= MAX_TILT * along
+
+
+def _canvas(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    """A plain picture and its colour: near-grey, a little different every time."""
+    level = BACKGROUND + 10 * (rng.random() - 0.5)
+    background = np.array([level + 4 * (rng.random() - 0.5) for _ in range(3)], dtype=np.float32)
+    canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    canvas[:] = np.rint(background).astype(np.uint8)
+    return canvas, background
+
+
+def _paint(canvas: np.ndarray, background: np.ndarray, item: DrawnObject, rng: random.Random) -> None:
+    x1, y1, x2, y2 = item.box
+    _blend(canvas[y1:y2, x1:x2], shape_mask(item.name, x2 - x1), background, _jittered(COLOR_VALUES[item.color], rng))
+
+
+def _write(canvas: np.ndarray, background: np.ndarray, text: str, rng: random.Random) -> None:
+    """The word in one line, centred across, at one of three heights."""
+    mask = word_mask(text)
+    x = (IMAGE_SIZE - PITCH * len(text) + BLOCK) // 2
+    y = pick(rng, (12, 20, 28))
+    _blend(canvas[y : y + LETTER_HEIGHT, x : x + mask.shape[1]], mask, background, _jittered(INK, rng))
+
+
+def _jittered(color: Sequence[int], rng: random.Random) -> np.ndarray:
+    return np.array([value + 12 * (rng.random() - 0.5) for value in color], dtype=np.float32)
+
+
+def _blend(patch: np.ndarray, mask: np.ndarray, background: np.ndarray, color: np.ndarray) -> None:
+    patch[:] = np.rint(background + mask[..., None] * (color - background)).clip(0, 255).astype(np.uint8)
+
+
+@cache
+def shape_mask(name: str, size: int) -> np.ndarray:
+    """Coverage of a shape in its cell, antialiased: float32 (size, size), 1 = inside. Do not change the array."""
+    samples = 8  # per pixel and axis
+    grid = (np.arange(size * samples, dtype=np.float32) + 0.5) / (size * samples) * 2 - 1
+    inside = np.broadcast_to(_inside(name, grid[None, :], grid[:, None]), (size * samples, size * samples))
+    return inside.reshape(size, samples, size, samples).mean(axis=(1, 3), dtype=np.float32)
+
+
+def _inside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Whether points of the unit cell (u to the right, v downwards, both in [-1, 1]) lie in a shape."""
+    radius = np.hypot(u, v)
+    if name == "circle":
+        return radius <= 1
+    if name == "square":
+        return (abs(u) <= 0.93) & (abs(v) <= 0.93)
+    if name == "triangle":
+        return abs(u) <= (v + 1) / 2
+    if name == "cross":
+        return (abs(u) <= 0.34) | (abs(v) <= 0.34)
+    if name == "ring":
+        return (radius <= 1) & (radius >= 0.52)
+    if name == "moon":  # a disc less a disc to its right
+        return (np.hypot(u - 0.2, v) <= 1) & (np.hypot(u - 0.85, v) >= 0.85)
+    raise ValueError(f"TinyWorld has no shape {name!r}: choose one of {', '.join(CLASSES)}.")

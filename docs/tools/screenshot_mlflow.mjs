@@ -1,0 +1,35 @@
+// Photograph the comparison page of the MLflow UI: the sample images of its runs side by side, at the last step.
+// Usage: node screenshot_mlflow.mjs ADDRESS PICTURE.png   (see CONTRIBUTING.md, "Looking at the MLflow UI")
+import { mkdtempSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { chromium } from "playwright-core";
+
+const [address, picture] = process.argv.slice(2);
+const offline = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"];
+const browser = await chromium.launchPersistentContext(mkdtempSync(`${tmpdir()}/chromium-`), {
+  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
+  args: ["--no-sandbox", "--disable-gpu", ...offline],
+  viewport: { width: 1600, height: 1200 },
+});
+const page = await browser.newPage();
+await page.goto(address);
+await page.locator('[data-component-id="mlflow.assistant.chat_panel.close"]').click();
+await page.getByLabel("Toggle sidebar").click();
+const images = page.locator("img[src*='get-artifact']");
+await images.first().waitFor({ timeout: 60_000 });
+
+// a card as narrow as the page makes it shows one run above the other: drag the first card wider and higher, the others follow
+const corner = await page.getByTestId("draggable-card-resize-handle").first().boundingBox();
+await page.mouse.move(corner.x + 8, corner.y + 8);
+await page.mouse.down();
+await page.mouse.move(corner.x + 300, corner.y + 88, { steps: 10 });
+await page.mouse.up();
+
+// the step sliders stand at 0: click their right ends
+for (const track of await page.locator(".TRACK").all()) {
+  await track.click({ position: { x: (await track.boundingBox()).width - 1, y: 1 }, force: true });
+}
+await page.waitForTimeout(5000); // pictures and curves come after their cards
+console.log(`${await images.count()} sample images on the page`);
+await page.screenshot({ path: picture });
+await browser.close();

@@ -1,0 +1,1 @@
+"""One module a benchmark; each has a pure function `score(records, mode)` that runs without any model."""

@@ -1,0 +1,183 @@
+"""TinyWorld as files: what is written, that it is finished when it says so, and what comes out again."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_modules import TinyWorldDataModule
+from data_modules.manifest import read_manifest
+from data_modules.tinyworld import prepare as preparation
+from data_modules.tinyworld.combinations import is_heldout
+from data_modules.tinyworld.prepare import prepare
+from data_modules.tinyworld.world import draw
+from zimage_lit.components import PatchPCACodec, Qwen3TextEncoder
+from zimage_lit.errors import UserError
+
+NUM_SAMPLES, NUM_VAL_SAMPLES, SEED = 90, 12, 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Prepared once, in several chunks by two workers."""
+    path = tmp_path_factory.mktemp("tinyworld") / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "CHUNK_SAMPLES", 20)
+        prepare(path, NUM_SAMPLES, SEED, num_workers=2, num_val_samples=NUM_VAL_SAMPLES)
+        yield path
+
+
+def data_module(folder: Path, **options: object) -> TinyWorldDataModule:
+    sizes = {"num_samples": NUM_SAMPLES, "num_val_samples": NUM_VAL_SAMPLES, "seed": SEED}
+    return TinyWorldDataModule(str(folder), **{**sizes, "batch_size": 30, **options})  # type: ignore[arg-type]
+
+
+def content(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_batches_hold_what_the_world_draws(folder: Path) -> None:
+    module = data_module(folder)
+    module.prepare_data()
+    module.setup("fit")
+    seen = set()
+    for batch in module.train_dataloader():
+        for image, caption, metadata, index in zip(*batch.values(), strict=True):
+            sample = draw(index, SEED)
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), sample.image)
+            assert metadata == json.loads(json.dumps(sample.metadata))
+            assert caption in [text for kinds in sample.captions.values() for text in kinds.values()]
+            seen.add(index)
+    assert seen == set(range(NUM_SAMPLES))
+
+
+def test_validation_holds_held_out_samples_in_order(folder: Path) -> None:
+    module = data_module(folder)
+    module.setup("validate")
+    (batch,) = module.val_dataloader()
+    assert batch["ids"] == list(range(NUM_VAL_SAMPLES))
+    for image, metadata, index in zip(batch["images"], batch["metadata"], batch["ids"], strict=True):
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), draw(int(index), SEED, "heldout").image)
+        assert is_heldout(metadata) or metadata["tag"] == "single_object"
+
+
+def test_codec_and_text_encoder_lie_beside_the_samples(folder: Path) -> None:
+    images = torch.from_numpy(np.stack([draw(index, SEED).image for index in range(16)])).permute(0, 3, 1, 2) / 127.5 - 1
+    codec = PatchPCACodec(folder / "codec")
+    error = (codec.decode(codec.encode(images)) - images).square().mean()
+    assert error < 0.1 * images.var()
+    encoder = Qwen3TextEncoder(folder / "text_encoder")
+    (features,) = encoder.encode([draw(0, SEED).captions["zh"]["long"]])
+    assert features.shape[1] == encoder.dim and bool(features.isfinite().all())
+
+
+def test_the_manifest_describes_the_folder(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    hashes = content(folder)
+    del hashes["manifest.json"]
+    assert {name: entry["sha256"] for name, entry in manifest.files.items()} == hashes
+    assert len([name for name in hashes if name.startswith("train/samples")]) == 5
+    assert data_module(folder).dataset_info() == {
+        "name": "tinyworld",
+        "fingerprint": manifest.fingerprint,
+        "num_samples": NUM_SAMPLES,
+        "path": str(folder),
+    }
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_any_number_of_workers_writes_the_same_bytes(folder: Path, tmp_path: Path, num_workers: int) -> None:
+    preparation._write_split(tmp_path, "train", NUM_SAMPLES, SEED, num_workers)
+    assert content(tmp_path) == content(folder / "train")
+
+
+def test_preparing_leaves_the_start_method_alone(folder: Path, tmp_path: Path) -> None:
+    """litdata sets one for the whole program, and its own default would make every later DataLoader worker spawn."""
+    before = multiprocessing.get_start_method()
+    preparation._write_split(tmp_path, "train", 3, SEED, num_workers=1)
+    assert multiprocessing.get_start_method() == before
+
+
+def test_a_finished_folder_is_left_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = content(folder)
+    monkeypatch.setattr(preparation, "_prepare", None)
+    data_module(folder).prepare_data()
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize(("key", "value", "stored"), [("num_samples", 91, 90), ("seed", 8, 7), ("num_val_samples", 3, 12)])
+def test_other_settings_are_refused_by_name(folder: Path, key: str, value: int, stored: int) -> None:
+    with pytest.raises(UserError, match=rf"prepared with {key}={stored} \(now {key}={value}\).*: set data.init_args.data_dir"):
+        data_module(folder, **{key: value}).prepare_data()
+
+
+def test_another_world_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_modules.tinyworld.world.BACKGROUND", 120.0)
+    with pytest.raises(UserError, match="prepared with world="):
+        data_module(folder).prepare_data()
+
+
+def test_a_folder_with_other_files_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "holiday.jpg").write_text("precious")
+    with pytest.raises(UserError, match="is not empty and holds no data set"):
+        prepare(tmp_path, NUM_SAMPLES)
+    assert (tmp_path / "train" / "holiday.jpg").read_text() == "precious"
+
+
+def test_a_killed_preparation_is_not_taken_for_a_finished_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    many = 1_000_000
+    process = multiprocessing.get_context("fork").Process(target=prepare, args=(data, many, SEED), kwargs={"num_workers": 2})
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(list((data / "train").glob("*.bin"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert list((data / "train").glob("*.bin")) and not (data / "manifest.json").exists()
+    with pytest.raises(UserError, match="has no manifest.json, so its preparation never finished"):
+        data_module(data).setup("fit")
+
+    monkeypatch.setattr(preparation, "_fit_components", lambda *_: None)
+    prepare(data, NUM_SAMPLES, SEED, num_workers=1, num_val_samples=NUM_VAL_SAMPLES)  # other settings: nothing holds them
+    assert read_manifest(data).fingerprint == read_manifest(folder).fingerprint
+    assert not (data / preparation.LOCK).exists()
+
+
+def test_two_preparations_at_once_wait_for_each_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "_fit_components", lambda *_: None)
+    context = multiprocessing.get_context("fork")
+    options = {"num_workers": 1, "num_val_samples": NUM_VAL_SAMPLES}
+    processes = [context.Process(target=prepare, args=(tmp_path, NUM_SAMPLES, SEED), kwargs=options) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert read_manifest(tmp_path).fingerprint == read_manifest(folder).fingerprint
+
+
+def test_a_flipped_bit_in_codec_or_samples_is_found_at_setup(folder: Path, tmp_path: Path) -> None:
+    for name in ("codec/model.safetensors", "train/samples-00002.bin"):
+        copy = Path(shutil.copytree(folder, tmp_path / name.replace("/", "-")))
+        damaged = bytearray((copy / name).read_bytes())
+        damaged[-100] ^= 4
+        (copy / name).write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            data_module(copy).setup("fit")

@@ -1,0 +1,61 @@
+import pytest
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from zimage_lit.sampling import noises, sample, sigmas
+
+
+def backbone(latents, t, captions):
+    """Stands in for the network: a velocity that depends on everything a sample has, and on nothing else."""
+    return [c.mean() - x + t_i * x.flip(-1) for x, t_i, c in zip(latents, t, captions, strict=True)]
+
+
+CAPTIONS = [torch.full((n, 2), float(n)) for n in (1, 2, 3)]
+
+
+def test_noise_depends_on_the_seed_and_the_shape_alone():
+    together = noises([5, 6, 5], [(4, 2, 2), (4, 2, 4), (4, 2, 2)])
+    assert torch.equal(together[0], together[2]) and torch.equal(together[1], noises([6], (4, 2, 4))[0])
+    assert not torch.equal(together[0], noises([6], (4, 2, 2))[0])
+
+
+def test_noise_equals_that_of_diffusers_for_the_same_seeds():
+    generators = [torch.Generator().manual_seed(seed) for seed in (42, 43)]
+    theirs = randn_tensor((2, 16, 8, 8), generator=generators, dtype=torch.float32)
+    assert torch.equal(torch.stack(noises([42, 43], (16, 8, 8))), theirs)
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    settings = {"num_inference_steps": 4, "shift": 3.0, "guidance_scale": 2.0}
+    starts = noises([1, 2, 3], [(4, 2, 2), (4, 2, 4), (4, 6, 2)])
+    together = sample(backbone, CAPTIONS, starts, negative_captions=CAPTIONS[::-1], **settings)
+    for i, latents in enumerate(together):
+        alone = sample(backbone, [CAPTIONS[i]], [starts[i]], negative_captions=[CAPTIONS[2 - i]], **settings)
+        assert torch.equal(latents, alone[0])
+
+
+def test_the_sampling_loop_is_euler_over_the_shifted_schedule():
+    (start,) = noises([0], (4, 2, 2))
+    x, levels = start.clone(), sigmas(3, 6.0)
+    for i in range(3):
+        t = 1 - levels[i]
+        x = x + (levels[i] - levels[i + 1]) * (1.0 - x + t * x.flip(-1))
+    (end,) = sample(backbone, CAPTIONS[:1], [start], num_inference_steps=3, shift=6.0)
+    torch.testing.assert_close(end, x)
+
+
+def test_no_graph_is_kept():
+    weight = torch.ones((), requires_grad=True)
+    (end,) = sample(
+        lambda xs, t, c: [weight * x for x in xs], CAPTIONS[:1], noises([0], (4, 2, 2)), num_inference_steps=2
+    )
+    assert not end.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("captions", "settings", "message"),
+    [(CAPTIONS[:1], {"solver": "rk4"}, "one of euler, heun"), (CAPTIONS, {}, "3 captions were given for 1 noises")],
+)
+def test_wrong_calls_are_refused(captions, settings, message):
+    with pytest.raises(ValueError, match=message):
+        sample(backbone, captions, noises([0], (4, 2, 2)), num_inference_steps=2, **settings)

@@ -1,0 +1,146 @@
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from zimage_lit.sampling import sigmas
+from zimage_lit.sampling.solvers import euler, heun
+
+SOLVERS = {"euler": (euler, 1), "heun": (heun, 2)}
+
+
+@dataclass
+class Mixture:
+    """A Gaussian mixture, for which the marginal velocity of flow matching is known in closed form.
+
+    x1 ~ Σ_k weights_k · N(means_k, stds_k² I); weights and stds (K,), means (K, D).
+    """
+
+    weights: Tensor
+    means: Tensor
+    stds: Tensor
+
+    def velocity(self, x: Tensor, t: float) -> Tensor:
+        """E[x1 − x0 | x_t = x] for x (N, D): each component's linear field, weighed by its posterior at x."""
+        variance = t**2 * self.stds**2 + (1 - t) ** 2  # of x_t given the component
+        offset = x[:, None] - t * self.means  # (N, K, D)
+        log_density = -offset.square().sum(-1) / (2 * variance) - x.shape[1] / 2 * variance.log()
+        posterior = torch.softmax(self.weights.log() + log_density, dim=1)
+        slope = (t * self.stds**2 - (1 - t)) / variance
+        return (posterior[..., None] * (self.means + slope[:, None] * offset)).sum(1)
+
+    def mean(self) -> Tensor:
+        return self.weights @ self.means
+
+    def covariance(self) -> Tensor:
+        centred = self.means - self.mean()
+        within = (self.weights * self.stds**2).sum() * torch.eye(self.means.shape[1], dtype=self.means.dtype)
+        return within + torch.einsum("k,ki,kj->ij", self.weights, centred, centred)
+
+    def cumulative(self, x: Tensor) -> Tensor:
+        """Distribution function in one dimension, x (N,)."""
+        return (self.weights * torch.special.ndtr((x[:, None] - self.means[:, 0]) / self.stds)).sum(1)
+
+
+def two_dimensional() -> Mixture:
+    return Mixture(
+        weights=torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
+        means=torch.tensor([[2.0, 0.0], [-1.0, 1.5], [0.0, -2.0]], dtype=torch.float64),
+        stds=torch.tensor([0.4, 0.7, 0.3], dtype=torch.float64),
+    )
+
+
+def one_dimensional() -> Mixture:
+    return Mixture(
+        weights=torch.tensor([0.6, 0.4], dtype=torch.float64),
+        means=torch.tensor([[1.0], [-1.2]], dtype=torch.float64),
+        stds=torch.tensor([0.8, 0.6], dtype=torch.float64),
+    )
+
+
+@pytest.mark.parametrize(("solver", "steps"), [(euler, 200), (heun, 40)])
+def test_transport_gives_the_mixtures_mean_and_covariance(solver, steps):
+    mixture = two_dimensional()
+    noise = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    samples = solver(mixture.velocity, noise, sigmas(steps, 1.0))
+    torch.testing.assert_close(samples.mean(0), mixture.mean(), atol=0.03, rtol=0)
+    torch.testing.assert_close(torch.cov(samples.T), mixture.covariance(), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_error_falls_with_the_solvers_order(name):
+    """In one dimension the exact flow is the quantile map: F_mixture(x(1)) = Φ(x(0))."""
+    solver, order = SOLVERS[name]
+    mixture = one_dimensional()
+    noise = torch.linspace(-2, 2, 101, dtype=torch.float64)[:, None]
+
+    def error(steps: int) -> float:
+        end = solver(mixture.velocity, noise, sigmas(steps, 1.0).double())
+        return float((mixture.cumulative(end[:, 0]) - torch.special.ndtr(noise[:, 0])).abs().max())
+
+    rates = [math.log2(error(steps) / error(2 * steps)) for steps in (64, 128)]
+    assert all(abs(rate - order) < 0.15 for rate in rates), rates
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_one_euler_step_on_a_gaussian_lands_on_its_mean(shift):
+    mixture = two_dimensional()
+    mixture.weights, mixture.means, mixture.stds = mixture.weights[:1] * 2, mixture.means[:1], mixture.stds[:1]
+    noise = torch.randn(50, 2, dtype=torch.float64)
+    end = euler(mixture.velocity, noise, sigmas(1, shift))
+    torch.testing.assert_close(end, mixture.means.expand(50, 2))
+
+
+def test_many_heun_steps_on_a_gaussian_follow_the_closed_form_path():
+    mixture = two_dimensional()
+    mixture.weights, mixture.means, mixture.stds = mixture.weights[:1] * 2, mixture.means[:1], mixture.stds[:1]
+    noise = torch.randn(50, 2, dtype=torch.float64)
+    end = heun(mixture.velocity, noise, sigmas(400, 1.0).double())
+    torch.testing.assert_close(end, mixture.means + mixture.stds * noise, atol=1e-4, rtol=0)
+
+
+def test_euler_on_a_linear_field_is_the_product_of_its_steps():
+    levels = sigmas(8, 3.0).double()
+    start = torch.randn(3, 4, 2, 2, dtype=torch.float64)
+    end = euler(lambda x, t: 1.5 * x, start, levels)
+    torch.testing.assert_close(end, start * torch.prod(1 + 1.5 * (levels[:-1] - levels[1:])))
+
+
+def test_a_constant_field_is_integrated_exactly_by_both():
+    noise, data = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    for solver, _ in SOLVERS.values():
+        torch.testing.assert_close(solver(lambda x, t: data - noise, noise, sigmas(5, 3.0)), data)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_lists_of_any_shapes_are_solved_like_tensors(name):
+    solver, _ = SOLVERS[name]
+    levels = sigmas(4, 3.0)
+    latents = [torch.randn(4, 2, 2), torch.randn(4, 6, 2)]
+    together = solver(lambda xs, t: [t - x for x in xs], latents, levels)
+    for latent, end in zip(latents, together, strict=True):
+        assert torch.equal(end, solver(lambda x, t: t - x, latent[None], levels)[0])
+
+
+@pytest.mark.parametrize(("name", "evaluations"), [("euler", 4), ("heun", 7)])
+def test_the_network_is_asked_at_t_below_one_only(name, evaluations):
+    times = []
+    SOLVERS[name][0](lambda x, t: times.append(t) or x, torch.zeros(1, 1, 1, 1), sigmas(4, 3.0))
+    assert len(times) == evaluations
+    assert min(times) == 0 and max(times) < 1
+
+
+def test_the_state_is_float32_when_the_network_is_not():
+    start = torch.randn(1, 4, 2, 2, dtype=torch.bfloat16)
+    end = euler(lambda x, t: (x * 1e-3).bfloat16(), start, sigmas(50, 1.0))
+    assert end.dtype == torch.float32
+    torch.testing.assert_close(end, start.float() * (1 + 1e-3 / 50) ** 50, atol=1e-5, rtol=1e-5)
+
+
+def test_each_step_is_reported():
+    seen = []
+    euler(lambda x, t: x, torch.ones(1, 1, 1, 1), sigmas(3, 1.0), on_step=lambda i, x: seen.append((i, float(x))))
+    assert [i for i, _ in seen] == [0, 1, 2]
+    assert seen[-1][1] == pytest.approx((4 / 3) ** 3)

@@ -1,0 +1,1 @@
+"""What happens around training: weights' average, checkpoints, sample grids, scores, the report, the run's record."""

@@ -1,0 +1,68 @@
+"""An exponential moving average of the backbone's weights, which samples and exports use."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class EMA(Callback):
+    """average <- average + (1 - d) * (weights - average) after every optimiser step; kept in the checkpoint.
+
+    decay: d in the long run.   warmup: d follows min(decay, (1 + n) / (10 + n)), so early averages forget the start.
+    """
+
+    def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
+        self.decay = decay
+        self.warmup = warmup
+        self.updates = 0
+        self.average: dict[str, Tensor] = {}
+        self._last_step = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        weights = pl_module.backbone.state_dict()
+        if not self.average:
+            self.average = {name: weight.detach().clone() for name, weight in weights.items()}
+        self.average = {name: self.average[name].to(weight.device) for name, weight in weights.items()}
+        self._last_step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._last_step:  # gradients are still being accumulated
+            return
+        self._last_step = trainer.global_step
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        weights = pl_module.backbone.state_dict()
+        torch._foreach_lerp_([self.average[name] for name in weights], list(weights.values()), 1 - decay)
+
+    @contextmanager
+    def applied(self, pl_module: LightningModule) -> Iterator[None]:
+        """Inside, the backbone holds the averaged weights; the trained ones come back afterwards."""
+        trained = {name: weight.clone() for name, weight in pl_module.backbone.state_dict().items()}
+        pl_module.backbone.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            pl_module.backbone.load_state_dict(trained)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updates = state_dict["updates"]
+        self.average = dict(state_dict["average"])
+
+
+@contextmanager
+def averaged_weights(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """The weights that people should see: those of the trainer's EMA callback, or the trained ones without it."""
+    ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
+    if ema is None or not ema.average:
+        yield
+        return
+    with ema.applied(pl_module):
+        yield

@@ -1,0 +1,135 @@
+"""One self-contained HTML page about a run: pictures over time, scores, the loss curve, the settings."""
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from matplotlib.figure import Figure
+
+from zimage_lit.callbacks.tinyworld_score import TinyWorldScore
+
+matplotlib.use("Agg")
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222}
+img{max-width:100%}table{border-collapse:collapse}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child{text-align:left}pre{background:#f6f6f6;padding:1rem;overflow:auto;font-size:13px}
+figure{margin:1rem 0}figcaption{color:#666}"""
+
+
+class HTMLReport(Callback):
+    """Writes `report.html` into the run's folder when training ends; readable on its own, with nothing to fetch.
+
+    every_n_steps: optimiser steps between two points of the loss curve, each the mean over the steps between.
+    """
+
+    def __init__(self, every_n_steps: int = 20) -> None:
+        self.every_n_steps = every_n_steps
+        self.losses: list[tuple[int, float]] = []
+        self._recent: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self._recent.append(float(outputs["loss"]))
+        if trainer.global_step % self.every_n_steps == 0:
+            self.losses.append((trainer.global_step, sum(self._recent) / len(self._recent)))
+            self._recent = []
+
+    @rank_zero_only
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """After every other callback's last word, so that final samples and scores are in."""
+        if stage != "fit" or trainer.interrupted or not self.losses:
+            return
+        folder = Path(trainer.default_root_dir)
+        path = folder / "report.html"
+        path.write_text(self.page(trainer, folder), encoding="utf-8")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_text"):
+                logger.log_text(path.read_text(encoding="utf-8"), "report.html")
+        rank_zero_info(f"report: {path}")
+
+    def page(self, trainer: Trainer, folder: Path) -> str:
+        scores = next((c.history for c in trainer.callbacks if isinstance(c, TinyWorldScore)), [])
+        parts = [
+            f"<h1>{html.escape(folder.name)}</h1>",
+            f"<p>{trainer.global_step} optimiser steps, {parameters(trainer):,} trained parameters.</p>",
+            "<h2>Samples while it learns</h2>",
+            *[figure(path.read_bytes(), step_of(path)) for path in chosen(sorted((folder / "samples").glob("*.png")))],
+            "<h2>Scores</h2>" + score_table(scores) if scores else "",
+            "<h2>Loss</h2>",
+            figure(loss_curve(self.losses), "mean squared error of the velocity"),
+            "<h2>Settings</h2>",
+            f"<pre>{html.escape(config_text(folder))}</pre>",
+        ]
+        return (
+            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(folder.name)}</title>"
+            f"<style>{STYLE}</style>{''.join(parts)}</html>\n"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses, "recent": self._recent}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.losses = [(int(step), float(loss)) for step, loss in state_dict["losses"]]
+        self._recent = list(state_dict["recent"])
+
+
+def parameters(trainer: Trainer) -> int:
+    return sum(p.numel() for p in trainer.lightning_module.parameters() if p.requires_grad)
+
+
+def chosen(paths: list[Path], most: int = 6) -> list[Path]:
+    """At most `most` grids, spread evenly, the first and the last among them."""
+    if len(paths) <= most:
+        return paths
+    return [paths[round(i * (len(paths) - 1) / (most - 1))] for i in range(most)]
+
+
+def step_of(path: Path) -> str:
+    return f"step {int(path.stem.split('-')[1])}"
+
+
+def figure(png: bytes, caption: str) -> str:
+    data = base64.b64encode(png).decode()
+    text = html.escape(caption)
+    return f"<figure><img alt='{text}' src='data:image/png;base64,{data}'><figcaption>{text}</figcaption></figure>"
+
+
+def loss_curve(losses: list[tuple[int, float]]) -> bytes:
+    """The curve as PNG, logarithmic, with a running mean over a twentieth of the run."""
+    steps, values = zip(*losses, strict=True)
+    window = max(1, len(values) // 20)
+    smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+    plot = Figure(figsize=(9, 3.5), layout="tight")
+    axes = plot.subplots()
+    axes.plot(steps, values, color="#bbccee", linewidth=1)
+    axes.plot(steps, smooth, color="#2244aa", linewidth=2)
+    axes.set(xlabel="step", ylabel="train/loss", yscale="log")
+    buffer = io.BytesIO()
+    plot.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def score_table(history: list[dict[str, Any]]) -> str:
+    """Accuracy by task, one column a scoring, with 95 % intervals."""
+
+    def cell(score: dict[str, float]) -> str:
+        return f"<td>{score['accuracy']:.3f} [{score['ci_low']:.2f}, {score['ci_high']:.2f}]</td>"
+
+    head = "".join(f"<th>step {summary['step']}</th>" for summary in history)
+    rows = [f"<tr><th>overall</th>{''.join(cell(summary['overall']) for summary in history)}</tr>"]
+    for task, last in history[-1]["tasks"].items():
+        cells = "".join(cell(summary["tasks"][task]) for summary in history)
+        rows.append(f"<tr><td>{task} (n = {last['n']})</td>{cells}</tr>")
+    note = (
+        "Held-out combinations only. overall: unweighted mean of GenEval's six tasks; words are apart. "
+        f"Brackets: {history[-1]['interval']}."
+    )
+    return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table><p>{html.escape(note)}</p>"
+
+
+def config_text(folder: Path) -> str:
+    path = folder / "config.yaml"
+    return path.read_text(encoding="utf-8") if path.exists() else "(run without an experiment file)"

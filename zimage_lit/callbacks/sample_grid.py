@@ -1,0 +1,57 @@
+"""Pictures of fixed prompts and seeds while the model learns, step 0 included."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures
+from zimage_lit.errors import UserError
+from zimage_lit.grids import labelled_grid
+
+
+class SampleGrid(Callback):
+    """Draws `prompts` every `every_n_steps`: one grid on disk (`samples/step-….png`), one image per prompt in MLflow.
+
+    Keys (`samples/prompt_00` …) and steps are the same in every run, so two runs line up in the comparison view.
+    """
+
+    def __init__(
+        self, prompts: Sequence[str], every_n_steps: int = 1000, seed: int = 0, sampling: SamplingSettings | None = None
+    ) -> None:
+        if not prompts:
+            raise UserError("SampleGrid: prompts is empty, give at least one prompt.")
+        self.prompts = list(prompts)
+        self.every_n_steps = every_n_steps
+        self.seed = seed
+        self.sampling = sampling or SamplingSettings()
+        self._drawn_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0:
+            self.draw(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self.draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.draw(trainer, pl_module)
+
+    @rank_zero_only
+    def draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if step == self._drawn_step:
+            return
+        self._drawn_step = step
+        seeds = [self.seed + i for i in range(len(self.prompts))]
+        pictures = draw_pictures(trainer, pl_module, self.sampling, self.prompts, seeds)
+        folder = Path(trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        labelled_grid(pictures, self.prompts).save(folder / f"step-{step:08d}.png")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                for place, picture in enumerate(pictures):
+                    logger.log_image(f"samples/prompt_{place:02d}", picture, step)

@@ -1,0 +1,52 @@
+"""How callbacks draw pictures with the model in training: settings, and one function."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning import LightningModule, Trainer
+from PIL import Image
+
+from zimage_lit.callbacks.ema import averaged_weights
+from zimage_lit.pipeline import ZImagePipeline
+
+
+@dataclass
+class SamplingSettings:
+    """One set of sampling settings for grids, scores and the exported pipeline."""
+
+    height: int = 64  # pixels
+    width: int = 64  # pixels
+    num_inference_steps: int = 20
+    guidance_scale: float = 3.0  # 1 = none
+    shift: float = 1.0  # static shift of the noise schedule
+    batch_size: int = 64  # pictures drawn at once
+
+
+def stage_pipeline(pl_module: LightningModule, settings: SamplingSettings) -> ZImagePipeline:
+    """The stage's parts as a pipeline whose defaults are `settings`."""
+    return ZImagePipeline(
+        pl_module.backbone,
+        pl_module.text_encoder,
+        pl_module.codec,
+        shift=settings.shift,
+        height=settings.height,
+        width=settings.width,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+    )
+
+
+@torch.no_grad()
+def draw_pictures(
+    trainer: Trainer, pl_module: LightningModule, settings: SamplingSettings, prompts: Sequence[str], seeds: Sequence[int]
+) -> list[Image.Image]:
+    """One picture per prompt with the averaged weights, in the precision of the training."""
+    was_training = pl_module.training
+    pl_module.eval()
+    with averaged_weights(trainer, pl_module), trainer.precision_plugin.forward_context():
+        pictures = stage_pipeline(pl_module, settings)(
+            list(prompts), seed=list(seeds), batch_size=settings.batch_size
+        )
+    pl_module.train(was_training)
+    return pictures

@@ -1,0 +1,119 @@
+"""TinyWorld's own GenEval: pictures of held-out combinations, judged by its verifier, scored by GenEval's rules."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from PIL import Image
+
+from data_modules.tinyworld.verifier import judge
+from data_modules.tinyworld.world import heldout_prompts
+from evaluation.benchmarks import geneval
+from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures
+
+
+class TinyWorldScore(Callback):
+    """Scores the averaged weights before the first step and after the last one (and in between if asked).
+
+    prompts_per_task: pictures of each of the seven tasks, one a prompt.   seed: of the prompts' choice and the noise.
+    every_n_steps: also score at these steps; None for start and end alone.   language: of the prompts, en or zh.
+
+    Writes `scores/step-….json` and logs `tinyworld/overall`, `tinyworld/<task>`, `tinyworld/word` and a table with one
+    row a prompt. The overall score is GenEval's: the unweighted mean of its six tasks; words are apart.
+    """
+
+    def __init__(
+        self,
+        prompts_per_task: int = 50,
+        seed: int = 1000,
+        every_n_steps: int | None = None,
+        language: str = "en",
+        sampling: SamplingSettings | None = None,
+    ) -> None:
+        self.prompts = heldout_prompts(prompts_per_task, seed, language)
+        self.seed = seed
+        self.every_n_steps = every_n_steps
+        self.sampling = sampling or SamplingSettings()
+        self.history: list[dict[str, Any]] = []  # one summary a scoring: step, overall, tasks, word
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0:
+            self.score(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self.score(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.score(trainer, pl_module)
+
+    @rank_zero_only
+    def score(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if any(summary["step"] == step for summary in self.history):
+            return
+        texts = [metadata["prompt"] for metadata in self.prompts]
+        seeds = [self.seed + place for place in range(len(texts))]
+        pictures = draw_pictures(trainer, pl_module, self.sampling, texts, seeds)
+        records = [judge(np.asarray(picture), metadata) for picture, metadata in zip(pictures, self.prompts, strict=True)]
+        summary, verdicts = summarise(records, step)
+        self.history.append(summary)
+        folder = Path(trainer.default_root_dir) / "scores"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**summary, "records": [{**r, **v} for r, v in zip(records, verdicts, strict=True)]}, indent=1)
+        (folder / f"step-{step:08d}.json").write_text(text + "\n", encoding="utf-8")
+        self.log_summary(trainer, summary, verdicts, pictures)
+
+    def log_summary(
+        self, trainer: Trainer, summary: dict[str, Any], verdicts: list[dict[str, Any]], pictures: list[Image.Image]
+    ) -> None:
+        step = summary["step"]
+        metrics = {"tinyworld/overall": summary["overall"]["accuracy"]}
+        metrics |= {f"tinyworld/{task}": score["accuracy"] for task, score in summary["tasks"].items()}
+        table = {
+            "prompt": [metadata["prompt"] for metadata in self.prompts],
+            "task": [metadata["tag"] for metadata in self.prompts],
+            "correct": [int(verdict["correct"]) for verdict in verdicts],
+            "reason": [verdict["reason"] for verdict in verdicts],
+            "image": pictures,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
+            if hasattr(logger, "log_table"):
+                logger.log_table(table, f"scores/step-{step:08d}.json")
+        shown = ", ".join(f"{task} {score['accuracy']:.2f}" for task, score in summary["tasks"].items())
+        rank_zero_info(f"step {step}: TinyWorld overall {summary['overall']['accuracy']:.3f} ({shown})")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = list(state_dict["history"])
+
+
+def summarise(records: list[dict[str, Any]], step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(overall and tasks as {accuracy, n, ci_low, ci_high}; a verdict {correct, reason} for every record, in order)."""
+    objects = [record for record in records if record["metadata"]["tag"] != "word"]
+    words = [record for record in records if record["metadata"]["tag"] == "word"]
+    scored = geneval.score(objects, mode="fixed")
+    word_accuracy = sum(record["correct"] for record in words) / len(words)
+    low, high = geneval.wilson_interval(word_accuracy, len(words))
+    summary = {
+        "step": step,
+        "overall": {"accuracy": scored["overall"], "ci_low": scored["ci_low"], "ci_high": scored["ci_high"]},
+        "tasks": {
+            **scored["tasks"],
+            "word": {"accuracy": word_accuracy, "n": len(words), "ci_low": low, "ci_high": high},
+        },
+        "interval": scored["interval"],
+    }
+    verdicts = iter(scored["records"])
+    return summary, [
+        {"correct": record["correct"], "reason": "" if record["correct"] else f"read {record['read']}"}
+        if record["metadata"]["tag"] == "word"
+        else dict(next(verdicts))
+        for record in records
+    ]

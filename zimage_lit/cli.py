@@ -1,0 +1,284 @@
+"""The command line: `lightning run NAME [key=value …]`, alias `zimage run …`, `python -m zimage_lit run …`.
+
+torch and Lightning are imported only where something is trained or generated: the list and the help pages answer at once.
+"""
+
+import ast
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage_lit import __version__
+from zimage_lit.config import (
+    RunSettings,
+    as_typed,
+    callback_list,
+    comment_at,
+    compose,
+    did_you_mean,
+    find_experiment,
+    is_file_name,
+    key_comments,
+    list_experiments,
+    load_layers,
+    one_line,
+    parse_overrides,
+    settings_from,
+    to_yaml,
+)
+from zimage_lit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Task:
+    """A word of `run` that does not train."""
+
+    description: str
+    function: str  # "module:function", called with the settings as a dict
+    settings: str  # the dataclass, in the same module, that documents the settings
+
+
+TASKS = {
+    "generate": Task("pictures from prompts", "zimage_lit.pipeline:generate_task", "GenerateSettings"),
+}
+# What libraries say on every run and nobody at the keyboard can act upon.
+IDLE_WARNINGS = (
+    "LightningCLI's args parameter is intended to run from within Python",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    "Checkpoint directory .* exists and is not empty",
+)
+
+USAGE = """\
+usage: {program} run NAME [key=value …]    run an experiment or a task
+       {program} run NAME --help           what it is, and its settings
+       {program} run NAME --print-config   the settings it would run with
+       {program} run --list                all experiments and tasks
+
+NAME is an experiment (./experiments/NAME.yaml, else one shipped with zimage-lit), the path of a .yaml file, or a task.
+key=value changes one setting: trainer.max_steps=100, data.init_args.num_workers=2, trainer.callbacks.NAME=null (removes
+a callback); naming another class_path drops the arguments of the class it replaces.
+run.resume=auto (default) continues an unfinished run, run.resume=never moves the old folder aside and starts over,
+run.resume=PATH continues from that checkpoint."""
+
+
+def main(arguments: Sequence[str] | None = None, program: str = "zimage") -> int:
+    """The `zimage` command. Returns the exit code: 0, 1 (failed while running), 2 (wrong settings), 128 + signal."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        print(f"zimage-lit {__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE.format(program=program))
+        return 0 if words else 2
+    try:
+        if words[0] != "run":
+            raise UserError(f"unknown command '{words[0]}': {program} knows only 'run', see {program} --help")
+        return run(words[1:], program)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def lightning_main() -> int:
+    """The `lightning` command: `run` is ours, every other word belongs to the Lightning SDK where that is installed."""
+    if sys.argv[1:2] == ["run"]:
+        return main(program="lightning")
+    try:
+        from lightning_sdk.cli.entrypoint import main_cli
+    except ImportError:
+        print(
+            "usage: lightning run NAME [key=value …]   (see lightning run --help)\n"
+            "every other word belongs to the Lightning SDK, which is not installed",
+            file=sys.stderr,
+        )
+        return 2
+    return main_cli() or 0
+
+
+def run(words: list[str], program: str) -> int:
+    """`run …`: the list, a help page, the composed settings, a task or a training."""
+    options = [word for word in words if word in ("-h", "--help", "--list", "--print-config")]
+    names = [word for word in words if word not in options]
+    if "--list" in options:
+        print(listing())
+    elif not names:
+        print(USAGE.format(program=program))
+        return 0 if options else 2
+    elif "=" in names[0]:
+        raise UserError(f"the name of an experiment comes before '{names[0]}'; {program} run --list shows them all")
+    elif names[0] in TASKS:
+        return run_task(names[0], names[1:], show_help=bool(options), program=program)
+    elif "--print-config" in options:
+        print(to_yaml(compose(experiment(names[0]), names[1:])), end="")
+    elif options:
+        print(experiment_help(experiment(names[0]), program))
+    else:
+        return train(experiment(names[0]), names[1:])
+    return 0
+
+
+def experiment(name: str) -> str:
+    """The name itself, if there is such an experiment."""
+    known = {**list_experiments(), **TASKS}
+    if not is_file_name(name) and name not in known:
+        raise UserError(f"there is no experiment or task '{name}'{did_you_mean(name, known)}; --list shows them all")
+    find_experiment(name)
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def train(name: str, overrides: list[str]) -> int:
+    """Compose, check, build and fit one experiment; returns the exit code."""
+    config = compose(name, overrides)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the user's own classes; a console script does not look there by itself
+    from zimage_lit.validate import check_config
+
+    check_config(config)
+
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from zimage_lit.run_folder import plan_start
+
+    settings = settings_from(RunSettings, config["run"], section="run")
+    first_process = rank_zero_only.rank == 0
+    start = plan_start(settings, config, first_process)
+    if start.note and first_process:
+        print(start.note)
+    return 0 if start.finished else fit(settings, config, start.checkpoint, first_process)
+
+
+def fit(settings: RunSettings, config: dict[str, Any], checkpoint: Path | None, first_process: bool) -> int:
+    """Build trainer, model and data from checked settings and train; returns the exit code."""
+    from zimage_lit.callbacks.clean_stop import CleanStop, RunStopped
+    from zimage_lit.callbacks.run_config import RunConfig
+    from zimage_lit.run_folder import write_status
+
+    for message in IDLE_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    built = build(config)
+    trainer, clean_stop = built.trainer, CleanStop(settings.output_dir)
+    checkpoints = [callback for callback in trainer.callbacks if callback in trainer.checkpoint_callbacks]
+    others = [callback for callback in trainer.callbacks if callback not in checkpoints]
+    trainer.callbacks = [RunConfig(settings.output_dir, config), *others, clean_stop, *checkpoints]
+    try:
+        trainer.fit(built.model, datamodule=built.datamodule, ckpt_path=checkpoint, weights_only=True)
+    except RunStopped as stop:
+        if not first_process:
+            return 0  # a failing child would make the launcher kill the others before they have said anything
+        print(f"stopped at step {stop.step}: the same command continues from {stop.checkpoint}", file=sys.stderr)
+        return int(stop.code or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        clean_stop.restore()
+    if first_process:
+        write_status(Path(settings.output_dir), "finished", trainer.global_step)
+        print(f"finished at step {trainer.global_step}: {settings.output_dir}")
+    return 0
+
+
+def build(config: dict[str, Any]) -> Any:
+    """The LightningCLI that holds `.trainer`, `.model` and `.datamodule`, built but not run.
+
+    Constructors refuse bad values with ValueError and the like: those are settings too, and become a UserError.
+    """
+    from jsonargparse import ArgumentError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.cli import LightningCLI
+
+    sections = ("seed_everything", "trainer", "model", "data")
+    arguments = {section: callback_list(config)[section] for section in sections if section in config}
+    arguments["trainer"] = {**arguments.get("trainer", {}), "default_root_dir": config["run"]["output_dir"]}
+    try:
+        return LightningCLI(
+            args=arguments,
+            run=False,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,  # Lightning's needs a logger with a folder; RunConfig writes the settings
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False},
+        )
+    except (ArgumentError, ValueError, FileNotFoundError, MisconfigurationException) as error:
+        raise UserError(f"the settings cannot be used: {one_line(error)}") from error
+
+
+# ---------------------------------------------------------------------------------------------------- tasks
+
+
+def run_task(name: str, overrides: list[str], show_help: bool, program: str) -> int:
+    task = TASKS[name]
+    module_name, _, function_name = task.function.partition(":")
+    if show_help:
+        print(f"{name}: {task.description}\n\nusage: {program} run {name} [key=value …]\n")
+        print(setting_lines(module_name, task.settings))
+        return 0
+    settings = parse_overrides(overrides)
+    function: Callable[[dict[str, Any]], int | None] = getattr(importlib.import_module(module_name), function_name)
+    return function(settings) or 0
+
+
+def setting_lines(module_name: str, dataclass_name: str) -> str:
+    """Name, type, default and comment of every field, read from the source: importing it would import torch."""
+    spec = importlib.util.find_spec(module_name)
+    if spec is None or spec.origin is None:
+        raise UserError(f"{module_name} is not installed")
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    lines = source.splitlines()
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == dataclass_name]
+    fields = [field for node in classes for field in node.body if isinstance(field, ast.AnnAssign)]
+    rows = []
+    for field in fields:
+        default = f"={ast.unparse(field.value)}" if field.value else " (must be given)"
+        rows.append((f"{ast.unparse(field.target)}{default}", comment_at(lines, field.lineno - 1)))
+    return table(rows)
+
+
+# ---------------------------------------------------------------------------------------------------- help pages
+
+
+def listing() -> str:
+    tasks = [(name, task.description) for name, task in TASKS.items()]
+    return f"experiments\n{table(list_experiments().items())}\n\ntasks\n{table(tasks)}"
+
+
+def experiment_help(name: str, program: str) -> str:
+    """The description of an experiment, its files, and every key with its value and comment."""
+    layers = load_layers(name)
+    comments: dict[str, str] = {}
+    for layer in layers:
+        comments.update({key: comment for key, comment in key_comments(layer.path).items() if comment})
+    config = compose(name)
+    rows = [(f"{key}={value}", comments.get(key, "")) for key, value in leaves(config) if key != "description"]
+    files = " <- ".join(str(layer.path) for layer in reversed(layers))
+    return f"{config.get('description', name)}\n\nusage: {program} run {name} [key=value …]\nfiles: {files}\n\n{table(rows)}"
+
+
+def leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted key, value as it would be typed) of every setting."""
+    found: list[tuple[str, str]] = []
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            found += leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", as_typed(value)))
+    return found
+
+
+def table(rows: Any) -> str:
+    rows = list(rows)
+    width = min(60, max((len(name) for name, _ in rows), default=0))
+    return "\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in rows)

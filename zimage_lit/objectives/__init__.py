@@ -1,0 +1,5 @@
+"""What is minimised, as pure functions of tensors that know nothing of Lightning."""
+
+from zimage_lit.objectives.timesteps import TimestepLaw
+
+__all__ = ["TimestepLaw"]

@@ -1,0 +1,544 @@
+"""Text to image for people: `ZImagePipeline` in Python, and the task behind `lightning run generate`."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from rich.progress import Progress
+from torch import Tensor
+
+from zimage_lit import sampling
+from zimage_lit.backbone import S3DiT
+from zimage_lit.components import FluxVAECodec, LatentCodec, PatchPCACodec, Qwen3TextEncoder, TextEncoder
+from zimage_lit.components.codecs import read_json
+from zimage_lit.config import read_yaml, settings_from
+from zimage_lit.errors import UserError
+from zimage_lit.grids import labelled_grid
+from zimage_lit.sampling.solvers import OnStep
+
+T = TypeVar("T")
+
+# What `model_index.json` may name, and who reads it here.
+CODECS: dict[str, Callable[[Path], LatentCodec]] = {"AutoencoderKL": FluxVAECodec, "PatchPCACodec": PatchPCACodec}
+TEXT_ENCODERS: dict[str, Callable[[Path], TextEncoder]] = {
+    "Qwen3Model": Qwen3TextEncoder,
+    "Qwen3ForCausalLM": Qwen3TextEncoder,
+}
+DIFFUSERS_CLASSES = ("AutoencoderKL", "ZImageTransformer2DModel")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*")
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How a model wants to be asked; `guidance_scale` in the standard convention, 1 = none."""
+
+    shift: float = 3.0
+    height: int = 1024
+    width: int = 1024
+    num_inference_steps: int = 8
+    guidance_scale: float = 1.0
+
+    @classmethod
+    def published(cls, shift: float) -> "SamplingDefaults":
+        """Those of the published models, told apart by their shift: Turbo has 3, the undistilled Z-Image has 6.
+
+        Z-Image's README runs 50 steps at g = 4, which is 5 in the standard convention.
+        """
+        return cls(shift) if shift < 6 else cls(shift, num_inference_steps=50, guidance_scale=5.0)
+
+
+class ZImagePipeline:
+    """A backbone, a text encoder and a codec that together turn prompts into pictures.
+
+    Args:
+        backbone: the velocity network; evaluation mode is switched on.
+        text_encoder: prompts -> features; codec: latents -> pictures.
+        shift: static shift of the noise schedule, which belongs to the model.
+        height, width, num_inference_steps, guidance_scale: what a call uses where it does not say otherwise.
+
+    The same prompt, seed and settings give the same picture, whatever it is asked for together with: noise comes from
+    each picture's own seed, and with ``batch_size=1`` every picture is computed alone.
+    """
+
+    def __init__(
+        self,
+        backbone: S3DiT,
+        text_encoder: TextEncoder,
+        codec: LatentCodec,
+        *,
+        shift: float = 3.0,
+        height: int = 1024,
+        width: int = 1024,
+        num_inference_steps: int = 8,
+        guidance_scale: float = 1.0,
+    ) -> None:
+        self.backbone = backbone.eval()
+        self.text_encoder = text_encoder
+        self.codec = codec
+        self.defaults = SamplingDefaults(shift, height, width, num_inference_steps, guidance_scale)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Load the published layout: transformer/, text_encoder/, tokenizer/, vae/, scheduler/ and model_index.json.
+
+        ``device``: None takes a GPU where there is one. ``dtype`` of the backbone: None is bfloat16 on a GPU (float16
+        overflows) and float32 elsewhere. The frozen parts are read at their first use.
+        Raises UserError that names what is missing, damaged or of an unknown class.
+        """
+        folder = Path(folder)
+        index = _read_index(folder)
+        codec = _class_of(index, "vae", CODECS, folder)(folder / "vae")
+        text_encoder = _class_of(index, "text_encoder", TEXT_ENCODERS, folder)(folder)
+        defaults = _read_defaults(folder, index)
+        device = _usable_device(device)
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        backbone = S3DiT.from_pretrained(folder / "transformer", dtype)
+        return cls(backbone, text_encoder, codec, **asdict(defaults)).to(device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write everything to one folder in the published layout; an older pipeline there is replaced as a whole.
+
+        Where the codec is an ``AutoencoderKL``, diffusers' ``ZImagePipeline`` loads the folder too. A save that fails
+        half-way (full disk) leaves what was there before. Raises UserError where the folder holds anything else.
+        """
+        folder = Path(folder)
+        if folder.exists() and not (folder / "model_index.json").is_file() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no pipeline; name another folder to save to.")
+        partial, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("partial", "old"))
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            self._write(partial)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"Cannot save the pipeline to {folder} ({error}); nothing there was changed."
+                ) from error
+            raise
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Run on this device from now on; returns itself."""
+        self.backbone.to(device)
+        self.text_encoder.to(device)
+        self.codec.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone runs."""
+        return next(self.backbone.parameters()).device
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        seed: int | list[int] = 0,
+        cfg_truncation: float = 1.0,
+        cfg_normalization: float = 0.0,
+        batch_size: int = 1,
+        solver: str = "euler",
+        on_step: OnStep[list[Tensor]] | None = None,
+    ) -> list[Image.Image]:
+        """Pictures for one or several prompts, in their order; None stands for the model's defaults.
+
+        Args:
+            prompt: one or several; more than 512 tokens are refused by the text encoder.
+            height, width: in pixels, multiples of the codec's downsampling times the patch size (16 for Z-Image).
+            guidance_scale: the standard one, 1 = none; the g of Z-Image's own code is this minus 1.
+            negative_prompt: what guidance leads away from; None is the empty prompt.
+            seed: one for each prompt, or one for all; equals ``torch.Generator("cpu").manual_seed`` in diffusers.
+            cfg_truncation: no guidance beyond this t (0 = noise, 1 = clean), which halves the cost of late steps.
+            cfg_normalization: longest a guided velocity may get, relative to the conditional one; 0 = unlimited.
+            batch_size: pictures that are computed together. More than 1 is faster where pictures are small, and
+                then equal to a picture computed alone only up to the rounding of the network's kernels.
+            on_step: called as ``on_step(index, latents)`` after every step of every batch.
+
+        Raises UserError for a size that does not fit or numbers of prompts, negatives and seeds that do not match.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        given = {
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+        }
+        chosen: dict[str, Any] = {
+            name: getattr(self.defaults, name) if value is None else value for name, value in given.items()
+        }
+        latents = self.latents(
+            prompts,
+            _for_each("" if negative_prompt is None else negative_prompt, prompts, "negative_prompt"),
+            _for_each(seed, prompts, "seed"),
+            **chosen,
+            batch_size=batch_size,
+            cfg_truncation=cfg_truncation,
+            cfg_normalization=cfg_normalization,
+            solver=solver,
+            on_step=on_step,
+        )
+        return [to_picture(self.codec.decode(one[None])[0]) for one in latents]
+
+    def latents(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float = 1.0,
+        batch_size: int = 1,
+        **settings: Any,
+    ) -> list[Tensor]:
+        """Clean latents (C, H / downsample, W / downsample) float32 of each prompt; ``settings`` as in ``sample``."""
+        self.check_size(height, width)
+        for name, count in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
+            if count < 1:
+                raise UserError(f"{name} must be at least 1, not {count}.")
+        shape = (self.codec.channels, height // self.codec.downsample, width // self.codec.downsample)
+        captions = self.text_encoder.encode(list(prompts))
+        negatives = self.text_encoder.encode(list(negative_prompts)) if guidance_scale != 1.0 else None
+        finished: list[Tensor] = []
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            finished += sampling.sample(
+                self.backbone,
+                captions[part],
+                sampling.noises(seeds[part], shape, self.device),
+                negative_captions=negatives[part] if negatives else None,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                shift=self.defaults.shift,
+                **settings,
+            )
+        return finished
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise UserError where pictures of this size, in pixels, cannot be made."""
+        multiple = self.codec.downsample * self.backbone.config.patch_size
+        for name, side in (("height", height), ("width", width)):
+            if side < multiple or side % multiple:
+                raise UserError(f"{name}={side} does not fit this model: use a multiple of {multiple} pixels.")
+
+    def _write(self, folder: Path) -> None:
+        codec_folder = _own_folder(self.codec, "vae")
+        encoder_folder = _own_folder(self.text_encoder, "text_encoder")
+        tokenizer_folder = encoder_folder
+        if not (encoder_folder / "tokenizer_config.json").is_file():
+            tokenizer_folder = encoder_folder.parent / "tokenizer"
+        folder.mkdir(parents=True)
+        self.backbone.save_pretrained(folder / "transformer")
+        shutil.copytree(codec_folder, folder / "vae")
+        no_tokenizer = shutil.ignore_patterns(*TOKENIZER_FILES)
+        shutil.copytree(encoder_folder, folder / "text_encoder", ignore=no_tokenizer)
+        (folder / "tokenizer").mkdir()
+        for pattern in TOKENIZER_FILES:
+            for file in tokenizer_folder.glob(pattern):
+                shutil.copy(file, folder / "tokenizer")
+        tokenizer_class = read_json(folder / "tokenizer" / "tokenizer_config.json").get(
+            "tokenizer_class", "Qwen2Tokenizer"
+        )
+        scheduler = {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "shift": self.defaults.shift,
+            "use_dynamic_shifting": False,
+        }
+        (folder / "scheduler").mkdir()
+        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        index = {
+            "_class_name": "ZImagePipeline",
+            "_sampling_defaults": asdict(self.defaults),  # diffusers passes over keys with a leading underscore
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "Qwen3Model"],
+            "tokenizer": ["transformers", tokenizer_class],
+            "transformer": _index_entry(folder / "transformer"),
+            "vae": _index_entry(folder / "vae"),
+        }
+        _write_json(folder / "model_index.json", index)  # last: a folder with an index is complete
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """(3, H, W) float in [-1, 1] -> 8-bit RGB picture, rounded to the nearest level."""
+    levels = ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def _usable_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for, a GPU where there is one for None."""
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={chosen} was asked for, but torch finds no GPU here; leave it out to run on the CPU.")
+    return chosen
+
+
+def _for_each(value: T | list[T], prompts: list[str], name: str) -> list[T]:
+    """One value a prompt."""
+    values = list(value) if isinstance(value, list) else [value] * len(prompts)
+    if len(values) != len(prompts):
+        raise UserError(
+            f"{name} has {len(values)} entries for {len(prompts)} prompts: give one, or one for each prompt."
+        )
+    return values
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder} to load a pipeline from.")
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} has no model_index.json, so it is not a pipeline's folder; check the path.")
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") != "ZImagePipeline":
+        found = index.get("_class_name")
+        raise UserError(f'{folder / "model_index.json"} describes a "{found}", not a ZImagePipeline.')
+    for part in ("transformer", "text_encoder", "vae", "scheduler"):
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder} lacks its {part}/ folder; write or download the whole pipeline again.")
+    return index
+
+
+def _class_of(
+    index: dict[str, Any], part: str, known: dict[str, Callable[[Path], T]], folder: Path
+) -> Callable[[Path], T]:
+    entry = index.get(part)
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+    if name not in known:
+        raise UserError(f'{folder / "model_index.json"}: {part} is a "{name}"; known are {", ".join(known)}.')
+    return known[name]
+
+
+def _index_entry(folder: Path) -> list[str]:
+    name = read_json(folder / "config.json")["_class_name"]
+    return ["diffusers" if name in DIFFUSERS_CLASSES else "zimage_lit", name]
+
+
+def _read_defaults(folder: Path, index: dict[str, Any]) -> SamplingDefaults:
+    path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(path)
+    if scheduler.get("use_dynamic_shifting") or not isinstance(scheduler.get("shift"), int | float):
+        raise UserError(f"{path} must hold a number as shift and no use_dynamic_shifting, as Z-Image's does.")
+    stored = index.get("_sampling_defaults")
+    if stored is None:
+        return SamplingDefaults.published(float(scheduler["shift"]))
+    return SamplingDefaults(**{**stored, "shift": float(scheduler["shift"])})
+
+
+def _own_folder(component: Any, inner: str) -> Path:
+    """Where a component's files lie: its folder, or the part of a pipeline's folder that is its own."""
+    folder = getattr(component, "folder", None)
+    if folder is None:
+        raise UserError(f"A {type(component).__name__} keeps no folder, so it cannot be saved with the pipeline.")
+    return Path(folder) / inner if (Path(folder) / inner).is_dir() else Path(folder)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------- lightning run generate
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """Settings of `lightning run generate`; None stands for what the model was saved with."""
+
+    checkpoint: str  # a pipeline's folder, a run's folder, or a run's checkpoint (.ckpt)
+    prompts: str  # one prompt, or a text file with one prompt a line
+    output: str = "outputs/generate"  # folder for the pictures, grid.png and prompts.jsonl
+    overwrite: bool = False  # replace the pictures of an earlier call in that folder
+    negative_prompt: str = ""  # what guidance leads away from
+    seed: int = 0  # of a prompt's first picture; the next ones count up
+    images_per_prompt: int = 1  # pictures of each prompt
+    height: int | None = None  # pixels
+    width: int | None = None  # pixels
+    num_inference_steps: int | None = None  # steps of the solver
+    guidance_scale: float | None = None  # the standard convention, 1 = none
+    cfg_truncation: float = 1.0  # no guidance beyond this t (0 = noise, 1 = clean)
+    cfg_normalization: float = 0.0  # longest guided velocity, relative to the conditional one; 0 = unlimited
+    solver: Literal["euler", "heun"] = "euler"  # heun asks the network twice a step
+    batch_size: int = 1  # pictures at once; more is faster for small pictures and equal up to rounding
+    device: str | None = None  # cpu, cuda, cuda:1, …; a GPU where there is one
+
+
+def generate_task(settings: dict[str, Any]) -> None:
+    """Write one PNG for each prompt and seed, `prompts.jsonl` with how each was made, and `grid.png`.
+
+    Each picture is written as soon as it is there, with its prompt, seed and settings inside the file.
+    Raises UserError for wrong settings, and where the output folder holds anything and `overwrite` is not set.
+    """
+    asked = settings_from(GenerateSettings, settings)
+    prompts = read_prompts(asked.prompts)
+    if asked.images_per_prompt < 1:
+        raise UserError(f"images_per_prompt must be at least 1, not {asked.images_per_prompt}.")
+    output = _empty_output(Path(asked.output), asked.overwrite)
+    pipeline = load_pipeline(asked.checkpoint, asked.device)
+    call = _sampling_arguments(asked, pipeline.defaults)
+    pipeline.check_size(call["height"], call["width"])
+    for prompt in prompts:  # one that is too long shows now, not after an hour of sampling
+        pipeline.text_encoder.encode([prompt])
+
+    jobs = [(prompt, asked.seed + i) for prompt in prompts for i in range(asked.images_per_prompt)]
+    output.mkdir(parents=True, exist_ok=True)
+    pictures: list[Image.Image] = []
+    with Progress() as progress, (output / "prompts.jsonl").open("w", encoding="utf-8") as records:
+        bar = progress.add_task("pictures", total=len(jobs))
+        for start in range(0, len(jobs), asked.batch_size):
+            batch = jobs[start : start + asked.batch_size]
+            share = len(batch) / call["num_inference_steps"]
+            drawn = pipeline(
+                [prompt for prompt, _ in batch],
+                seed=[seed for _, seed in batch],
+                on_step=lambda *_, share=share: progress.advance(bar, share),
+                **call,
+            )
+            for picture, (prompt, seed) in zip(drawn, batch, strict=True):
+                name = f"{len(pictures):05d}-seed{seed}.png"
+                made = {"prompt": prompt, "seed": seed, **call, "checkpoint": asked.checkpoint}
+                save_picture(picture, output / name, made)
+                records.write(json.dumps({"file": name, **made}, ensure_ascii=False) + "\n")
+                records.flush()
+                pictures.append(picture)
+    columns = asked.images_per_prompt if asked.images_per_prompt > 1 else None
+    labelled_grid(pictures, [prompt for prompt, _ in jobs], columns).save(output / "grid.png")
+    print(f"{len(pictures)} pictures in {output}, together in {output / 'grid.png'}")
+
+
+def load_pipeline(checkpoint: str | Path, device: str | None = None) -> ZImagePipeline:
+    """The pipeline behind a pipeline's folder, a run's folder or a run's checkpoint (.ckpt)."""
+    path = Path(checkpoint)
+    if not path.exists():
+        raise UserError(f"There is no checkpoint {path}; give a pipeline's folder, a run's folder or a .ckpt file.")
+    if path.is_file():
+        return _from_training_checkpoint(path, device)
+    if (path / "model_index.json").is_file():
+        return ZImagePipeline.from_pretrained(path, device)
+    if (path / "pipeline" / "model_index.json").is_file():
+        return ZImagePipeline.from_pretrained(path / "pipeline", device)
+    if (path / "checkpoints" / "last.ckpt").is_file():
+        return _from_training_checkpoint(path / "checkpoints" / "last.ckpt", device)
+    raise UserError(
+        f"{path} holds neither a pipeline (model_index.json) nor a run's pipeline/ or checkpoints/last.ckpt."
+    )
+
+
+def read_prompts(prompts: str) -> list[str]:
+    """The lines of a text file that are not blank, or the one prompt that was given."""
+    if not os.path.isfile(prompts):
+        if prompts.endswith(".txt"):
+            raise UserError(f"There is no file {prompts} to read prompts from.")
+        if not prompts.strip():
+            raise UserError("prompts is empty: give a prompt, or a text file with one prompt a line.")
+        return [prompts]
+    try:
+        lines = Path(prompts).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{prompts} is not a text file in UTF-8; it should hold one prompt a line.") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"{prompts} holds no prompts; write one on each line.")
+    return found
+
+
+def save_picture(picture: Image.Image, path: Path, made: dict[str, Any]) -> None:
+    """A PNG that carries how it was made: text fields prompt and seed, and all of ``made`` as JSON in parameters."""
+    info = PngInfo()
+    info.add_text("prompt", made["prompt"])
+    info.add_text("seed", str(made["seed"]))
+    info.add_text("parameters", json.dumps(made, ensure_ascii=False))
+    picture.save(path, pnginfo=info)
+
+
+def _sampling_arguments(asked: GenerateSettings, defaults: SamplingDefaults) -> dict[str, Any]:
+    """Every argument of a pipeline call but prompt and seed, the model's defaults filled in."""
+    chosen = {
+        name: getattr(defaults, name) if getattr(asked, name) is None else getattr(asked, name)
+        for name in ("height", "width", "num_inference_steps", "guidance_scale")
+    }
+    if chosen["num_inference_steps"] < 1 or asked.batch_size < 1:
+        raise UserError("num_inference_steps and batch_size must both be at least 1.")
+    same = ("negative_prompt", "cfg_truncation", "cfg_normalization", "solver", "batch_size")
+    return chosen | {name: getattr(asked, name) for name in same}
+
+
+def _empty_output(output: Path, overwrite: bool) -> Path:
+    """The folder, rid of an earlier call's pictures where that is allowed; other files are never touched."""
+    if output.is_file():
+        raise UserError(f"output={output} is a file; name a folder for the pictures.")
+    index = output / "prompts.jsonl"
+    if not output.exists() or not any(output.iterdir()):
+        return output
+    if not overwrite:
+        raise UserError(
+            f"{output} is not empty; name another output=…, or give overwrite=true to replace its pictures."
+        )
+    if index.is_file():
+        for line in index.read_text(encoding="utf-8").splitlines():
+            (output / Path(json.loads(line)["file"]).name).unlink(missing_ok=True)
+    return output
+
+
+def _from_training_checkpoint(path: Path, device: str | None) -> ZImagePipeline:
+    """A checkpoint's weights with the text encoder, codec and sampling settings that its run's config.yaml names."""
+    from zimage_lit.callbacks.sampling import SamplingSettings, stage_pipeline  # these import the pipeline themselves
+
+    config_path = path.resolve().parent.parent / "config.yaml"
+    if not config_path.is_file():
+        raise UserError(f"{path} does not lie in a run's folder: {config_path} is missing, so its parts are unknown.")
+    config = read_yaml(config_path)
+    stage = _build_stage(config["model"])
+    stage.configure_model()
+    stage.backbone.load_state_dict(_best_weights(path))
+    callbacks = config.get("trainer", {}).get("callbacks") or []
+    callbacks = callbacks.values() if isinstance(callbacks, dict) else callbacks
+    given = (callback.get("init_args", {}).get("sampling") for callback in callbacks)
+    chosen: dict[str, Any] = next((settings for settings in given if settings), {})
+    pipeline = stage_pipeline(stage, SamplingSettings(**chosen))
+    return pipeline.to(_usable_device(device))
+
+
+def _build_stage(settings: dict[str, Any]) -> Any:
+    """The LightningModule of a run's config; its backbone starts fresh, because a checkpoint brings the weights."""
+    from jsonargparse import ArgumentParser
+    from lightning import LightningModule
+
+    fresh = {**settings, "init_args": {**settings.get("init_args", {}), "init_from": None}}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model")
+    return parser.instantiate(parser.parse_object({"model": fresh})).model
+
+
+def _best_weights(path: Path) -> dict[str, Tensor]:
+    """The backbone's averaged weights where the run kept an EMA, else the trained ones."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a torn file makes the unpickler raise all kinds, none of which names the file
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}); is the file whole?"
+        ) from error
+    average = checkpoint.get("callbacks", {}).get("EMA", {}).get("average")
+    if average:
+        return average
+    prefix = "backbone."
+    weights = {name.removeprefix(prefix): w for name, w in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    if not weights:
+        raise UserError(f"{path} holds no tensors named {prefix}*, so it is not the checkpoint of a picture model.")
+    return weights

@@ -1,0 +1,167 @@
+"""What a run's folder says about starting there: begin, continue where it stopped, or nothing left to do.
+
+    <output_dir>/config.yaml             the composed settings (an experiment file: it can be run again)
+    <output_dir>/run.json                {"status": "running" | "stopped" | "failed" | "finished", "step": …}
+    <output_dir>/checkpoints/last.ckpt   where `run.resume=auto` continues
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from zimage_lit.config import RunSettings, as_typed, did_you_mean, read_yaml
+from zimage_lit.errors import UserError
+
+# May differ between a run and its continuation: they change how long it runs and what is shown, not what is learned.
+# Everything else that differs is an error, because the checkpoint belongs to other settings.
+HARMLESS = (
+    "description",
+    "run.*",
+    "trainer.max_steps",
+    "trainer.max_epochs",
+    "trainer.max_time",
+    "trainer.logger*",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.log_every_n_steps",
+    "trainer.profiler",
+    "data.init_args.num_workers",
+    "data.init_args.prefetch_factor",
+    "data.init_args.persistent_workers",
+    "data.init_args.pin_memory",
+)
+LIMITS = ("max_steps", "max_epochs", "max_time")
+ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins: from which checkpoint, whether there is nothing to do, and the line that says so."""
+
+    checkpoint: Path | None = None
+    finished: bool = False
+    note: str = ""
+
+
+def last_checkpoint(output_dir: Path) -> Path:
+    return output_dir / "checkpoints" / "last.ckpt"
+
+
+def plan_start(run: RunSettings, config: dict[str, Any], first_process: bool) -> Start:
+    """Decide from the folder alone, so that every process of a run decides alike; only the first one moves folders.
+
+    `resume: never` moves an existing run to `<output_dir>.1` (`.2`, …): nothing is deleted. Raises UserError where the
+    folder holds a run with other settings, or the checkpoint that `resume` names does not exist.
+    """
+    output_dir = Path(run.output_dir)
+    if run.resume == "never":
+        return Start(note=move_aside(output_dir) if first_process else "")
+    if run.resume != "auto":
+        return start_from(Path(run.resume), output_dir, first_process)
+    checkpoint, old = last_checkpoint(output_dir), stored_config(output_dir)
+    changed = differences(old, config) if old else {}
+    if not checkpoint.exists():
+        # an attempt that never reached a checkpoint: its settings no longer matter
+        return Start(note=move_aside(output_dir) if changed and first_process else "")
+    status = read_status(output_dir)
+    if changed and first_process:
+        raise UserError(
+            f"{output_dir} holds {'a finished' if status.get('status') == 'finished' else 'an unfinished'} run with other"
+            f" settings ({listed(changed)}): set them back, give another run.name, or start over with run.resume=never"
+        )
+    if status.get("status") == "finished" and old and limits(old) == limits(config):
+        return Start(
+            finished=True,
+            note=f"{run.name} is finished (step {status.get('step')}, in {output_dir}): start over with run.resume=never,"
+            " or go on with a larger trainer.max_steps",
+        )
+    return Start(checkpoint, note=f"continuing {run.name} from {checkpoint}")
+
+
+def start_from(checkpoint: Path, output_dir: Path, first_process: bool) -> Start:
+    """`run.resume=PATH`: a run that lies in the folder is kept only if the checkpoint is its own."""
+    if not checkpoint.exists():
+        hint = did_you_mean(str(checkpoint), ("auto", "never"))
+        raise UserError(f"run.resume must be auto, never or a checkpoint: there is no {checkpoint}{hint}")
+    own = output_dir.resolve() in checkpoint.resolve().parents
+    moved = move_aside(output_dir) if first_process and not own else ""
+    return Start(checkpoint, note="; ".join(part for part in (moved, f"continuing from {checkpoint}") if part))
+
+
+def move_aside(output_dir: Path) -> str:
+    """Rename the folder of an earlier run to the first free `<output_dir>.N`; a folder that is no run stays."""
+    if not (output_dir / "run.json").is_file():
+        return ""
+    number = 1
+    while (aside := output_dir.with_name(f"{output_dir.name}.{number}")).exists():
+        number += 1
+    output_dir.rename(aside)
+    return f"the earlier run in {output_dir} is now in {aside}"
+
+
+# ---------------------------------------------------------------------------------------------------- the two files
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A process killed in mid-write leaves the old file, never half of the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_status(output_dir: Path, status: str, step: int) -> None:
+    write_atomically(output_dir / "run.json", json.dumps({"status": status, "step": step}) + "\n")
+
+
+def read_status(output_dir: Path) -> dict[str, Any]:
+    path = output_dir / "run.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it to continue from the last checkpoint") from None
+
+
+def stored_config(output_dir: Path) -> dict[str, Any]:
+    path = output_dir / "config.yaml"
+    return read_yaml(path) if path.is_file() else {}
+
+
+# ---------------------------------------------------------------------------------------------------- comparing
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, inner in value.items()
+        for key, leaf in flatten(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new) for every setting that differs and matters."""
+    before, after = flatten(old), flatten(new)
+    return {
+        key: (before.get(key, ABSENT), after.get(key, ABSENT))
+        for key in (before | after)
+        if before.get(key, ABSENT) != after.get(key, ABSENT) and not any(fnmatch(key, pattern) for pattern in HARMLESS)
+    }
+
+
+def listed(changed: dict[str, tuple[Any, Any]]) -> str:
+    def word(value: Any) -> str:
+        return "absent" if value is ABSENT else as_typed(value)
+
+    lines = [f"{key}: {word(old)} there, {word(new)} now" for key, (old, new) in changed.items()]
+    return "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
+
+
+def limits(config: dict[str, Any]) -> list[Any]:
+    return [config.get("trainer", {}).get(limit) for limit in LIMITS]

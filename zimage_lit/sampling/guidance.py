@@ -1,0 +1,93 @@
+"""Classifier-free guidance in the standard convention: v = u + w·(c − u), w = 1 means none.
+
+Z-Image's own code and diffusers' ZImagePipeline write v = c + g·(c − u) instead: their g is w − 1.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zimage_lit.sampling.solvers import Latents
+
+Backbone = Callable[[list[Tensor], Tensor, list[Tensor]], list[Tensor]]
+
+
+def from_published_scale(g: float) -> float:
+    """The house's w for a scale g of the published Z-Image code (g = 0 is none there)."""
+    return g + 1.0
+
+
+def to_published_scale(guidance_scale: float) -> float:
+    """The published Z-Image code's g for the house's w."""
+    return guidance_scale - 1.0
+
+
+def guided(
+    conditional: Latents, unconditional: Latents, guidance_scale: float, cfg_normalization: float = 0.0
+) -> Latents:
+    """u + w·(c − u), one tensor (B, …) or a list of (C, H, W), float32.
+
+    ``cfg_normalization`` c > 0 keeps a sample's result, as one vector over the whole latent, from growing longer than
+    c times its conditional velocity; 0 switches that off. Source: Z-Image pipeline.
+    """
+    if isinstance(conditional, Tensor):
+        return torch.stack(guided(list(conditional), list(unconditional), guidance_scale, cfg_normalization))
+    pairs = zip(conditional, unconditional, strict=True)
+    return [_guided_one(c, u, guidance_scale, cfg_normalization) for c, u in pairs]
+
+
+def _guided_one(conditional: Tensor, unconditional: Tensor, guidance_scale: float, cfg_normalization: float) -> Tensor:
+    conditional, unconditional = conditional.float(), unconditional.float()
+    velocity = unconditional + guidance_scale * (conditional - unconditional)
+    if cfg_normalization <= 0:
+        return velocity
+    longest = cfg_normalization * torch.linalg.vector_norm(conditional)
+    length = torch.linalg.vector_norm(velocity)
+    return torch.where(length > longest, velocity * (longest / length), velocity)
+
+
+def guided_velocity(
+    backbone: Backbone,
+    captions: Sequence[Tensor],
+    negative_captions: Sequence[Tensor] | None,
+    guidance_scale: float,
+    cfg_truncation: float = 1.0,
+    cfg_normalization: float = 0.0,
+) -> Callable[[Any, float], Any]:
+    """A velocity callable for the solvers; both branches travel in one packed forward of 2·B samples.
+
+    ``captions`` and ``negative_captions``: B features (L_i, D) each. Where guidance_scale is 1, or t > cfg_truncation,
+    the unconditional branch is not evaluated at all, so such a step costs half.
+    Raises ValueError where guidance is asked for without as many negative captions as captions.
+    """
+    positives = list(captions)
+    guides = guidance_scale != 1.0
+    if guides and (negative_captions is None or len(negative_captions) != len(positives)):
+        given = "none" if negative_captions is None else len(negative_captions)
+        raise ValueError(
+            f"guidance_scale={guidance_scale} needs one negative caption for each of {len(positives)} captions, got {given}."
+        )
+    negatives = list(negative_captions) if guides and negative_captions is not None else []
+
+    def velocity(latents: Latents, t: float) -> Latents:
+        samples = list(latents)
+        if not guides or t > cfg_truncation:
+            return _like(latents, backbone(samples, _times(t, samples), positives))
+        both = backbone(samples * 2, _times(t, samples * 2), positives + negatives)
+        conditional, unconditional = both[: len(samples)], both[len(samples) :]
+        return _like(latents, guided(conditional, unconditional, guidance_scale, cfg_normalization))
+
+    return velocity
+
+
+def _times(t: float, samples: list[Tensor]) -> Tensor:
+    return torch.full((len(samples),), t, dtype=torch.float32, device=samples[0].device)
+
+
+def _like(latents: Latents, velocity: list[Tensor]) -> Latents:
+    """Velocities in the form of the latents: one tensor where those are one."""
+    if isinstance(latents, Tensor):
+        return torch.stack(velocity)
+    return velocity

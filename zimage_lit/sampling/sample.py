@@ -1,0 +1,61 @@
+"""From noise to clean latents: the one loop that stages' callbacks and the pipeline share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zimage_lit.sampling.guidance import Backbone, guided_velocity
+from zimage_lit.sampling.schedules import sigmas
+from zimage_lit.sampling.solvers import SOLVERS, OnStep
+
+
+def noises(
+    seeds: Sequence[int], shapes: Sequence[Sequence[int]] | Sequence[int], device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """Standard normal noise of each sample from its own seed, list of (C, H, W) float32.
+
+    ``shapes``: one (C, H, W) for all, or one a sample. A sample's noise depends on its seed and shape alone, neither on
+    its batch nor on the device (it is drawn on the CPU), and equals what diffusers draws from
+    ``torch.Generator("cpu").manual_seed(seed)``.
+    """
+    per_sample = [shapes] * len(seeds) if isinstance(shapes[0], int) else shapes
+    return [
+        torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(device)  # type: ignore[arg-type]
+        for seed, shape in zip(seeds, per_sample, strict=True)
+    ]
+
+
+@torch.no_grad()
+def sample(
+    backbone: Backbone,
+    captions: Sequence[Tensor],
+    noises: Sequence[Tensor],
+    *,
+    num_inference_steps: int,
+    shift: float = 1.0,
+    guidance_scale: float = 1.0,
+    negative_captions: Sequence[Tensor] | None = None,
+    cfg_truncation: float = 1.0,
+    cfg_normalization: float = 0.0,
+    solver: str = "euler",
+    on_step: OnStep[list[Tensor]] | None = None,
+) -> list[Tensor]:
+    """Clean latents for B captions, list of (C, H, W) float32.
+
+    ``backbone``: ``(latents list, t (B,), captions list) -> velocities list``; ``captions``: (L_i, D) features;
+    ``noises``: initial latents (C, H_i, W_i), of any sizes. ``guidance_scale`` is the standard one (1 = none).
+    Mixed precision is the caller's: wrap the call in ``torch.autocast``; the state stays float32.
+    Raises ValueError for an unknown solver, and where captions, negatives and noises differ in number.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"Unknown solver {solver!r}: use one of {', '.join(SOLVERS)}.")
+    if len(captions) != len(noises):
+        raise ValueError(
+            f"{len(captions)} captions were given for {len(noises)} noises; each sample needs one of both."
+        )
+    velocity = guided_velocity(
+        backbone, captions, negative_captions, guidance_scale, cfg_truncation, float(cfg_normalization)
+    )
+    latents = SOLVERS[solver](velocity, list(noises), sigmas(num_inference_steps, shift), on_step)
+    return list(latents)

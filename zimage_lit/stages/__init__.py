@@ -1,0 +1,5 @@
+"""The training stages: thin LightningModules over one backbone; their maths lives in `objectives/`."""
+
+from zimage_lit.stages.flow_matching import FlowMatchingModule
+
+__all__ = ["FlowMatchingModule"]

@@ -1,0 +1,102 @@
+"""Flow matching: pre-training and supervised fine-tuning of the backbone."""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from zimage_lit.backbone import S3DiT, S3DiTConfig
+from zimage_lit.components import LatentCodec, TextEncoder
+from zimage_lit.errors import UserError
+from zimage_lit.objectives import flow_matching
+from zimage_lit.objectives.timesteps import TimestepLaw
+from zimage_lit.rng import generator
+from zimage_lit.stages.initial_weights import build_backbone
+from zimage_lit.stages.optimizers import OptimizerSettings, build_optimizer, learning_rate_factor
+
+
+class FlowMatchingModule(LightningModule):
+    """Teaches the backbone the velocity from noise to latents, given captions.
+
+    backbone: preset name or sizes.   init_from: a checkpoint, an exported folder or `run:<mlflow run id>` to start from.
+    caption_dropout: share of captions replaced by the empty one, so that guidance has an unconditional branch.
+    """
+
+    def __init__(
+        self,
+        text_encoder: TextEncoder,
+        codec: LatentCodec,
+        backbone: str | S3DiTConfig = "tiny",
+        optimizer: OptimizerSettings = OptimizerSettings(),
+        timesteps: TimestepLaw = TimestepLaw(),
+        caption_dropout: float = 0.1,
+        seed: int = 0,
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= caption_dropout <= 1:
+            raise UserError(f"model.init_args.caption_dropout must lie in [0, 1], not {caption_dropout}.")
+        self.text_encoder = text_encoder
+        self.codec = codec
+        self.config = S3DiTConfig.preset(backbone) if isinstance(backbone, str) else backbone
+        self.optimizer_settings = optimizer
+        self.timesteps = timesteps
+        self.caption_dropout = caption_dropout
+        self.seed = seed
+        self.init_from = init_from
+        self.backbone: S3DiT | None = None
+
+    def configure_model(self) -> None:
+        if self.backbone is None:
+            self.backbone = build_backbone(self.config, self.init_from, self.seed)
+
+    def setup(self, stage: str) -> None:
+        self.text_encoder.to(self.device)
+        self.codec.to(self.device)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.losses(batch, "train", self.trainer.fit_loop.epoch_loop.total_batch_idx).mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["images"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        loss = self.losses(batch, "val", batch_idx).mean()  # the same noise at every validation
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["images"]), sync_dist=True)
+
+    def losses(self, batch: dict[str, Any], phase: str, step: int) -> Tensor:
+        """Per-sample squared error of the velocity, (B,); its randomness depends on (seed, phase, step, rank) alone."""
+
+        def draw(purpose: str) -> torch.Generator:
+            return generator(self.seed, f"{phase}/{purpose}", step, self.global_rank)
+
+        data = self.encode_images(batch["images"])
+        dropped = torch.rand(len(data), generator=draw("caption_dropout")) < (
+            self.caption_dropout if phase == "train" else 0.0
+        )
+        captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["captions"], strict=True)]
+        patch_area = self.config.patch_size**2
+        t = self.timesteps.sample([x[0].numel() // patch_area for x in data], draw("timesteps")).to(self.device)
+        noise_source = draw("noise")
+        noise = [torch.randn(x.shape, generator=noise_source).to(self.device) for x in data]
+
+        noisy = flow_matching.interpolate(noise, data, t)
+        predicted = self.backbone(noisy, t, self.text_encoder.encode(captions))
+        return flow_matching.loss(predicted, flow_matching.target_velocity(noise, data))
+
+    def encode_images(self, images: list[Tensor]) -> list[Tensor]:
+        """uint8 (3, H, W) pictures of any sizes -> latents (C, h, w); pictures of one size share a call."""
+        latents: dict[int, Tensor] = {}
+        for shape in {image.shape for image in images}:
+            places = [i for i, image in enumerate(images) if image.shape == shape]
+            stacked = torch.stack([images[i] for i in places]).to(self.device)
+            latents.update(zip(places, self.codec.encode(stacked.float() / 127.5 - 1), strict=True))
+        return [latents[i] for i in range(len(images))]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.backbone, self.optimizer_settings)
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, total_steps, self.optimizer_settings)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
