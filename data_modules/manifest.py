@@ -58,9 +58,13 @@ def read_manifest(data_dir: Path) -> Manifest:
     """The manifest of a prepared folder. UserError where the folder or its manifest is missing or unreadable."""
     path = data_dir / MANIFEST
     if not data_dir.is_dir():
-        raise UserError(f"There is no data folder {data_dir}: prepare the data first, or correct data.init_args.data_dir.")
+        raise UserError(
+            f"There is no data folder {data_dir}: prepare the data first, or correct data.init_args.data_dir."
+        )
     if not path.is_file():
-        raise UserError(f"{data_dir} has no {MANIFEST}, so its preparation never finished: delete it and prepare it again.")
+        raise UserError(
+            f"{data_dir} has no {MANIFEST}, so its preparation never finished: delete it and prepare it again."
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content.pop("format")

@@ -141,7 +141,10 @@ class SampleReader(Dataset[dict[str, Any]]):
 def read_batches(reader: SampleReader, plan: Iterable[Sequence[Key]], num_workers: int) -> Iterator[Batch]:
     """The batches of a plan, in its order. UserError names a sample that cannot be read."""
     loader: Iterable[dict[str, Any]] = DataLoader(
-        reader, batch_sampler=plan, num_workers=num_workers, collate_fn=_pack  # type: ignore[arg-type]
+        reader,
+        batch_sampler=plan,
+        num_workers=num_workers,
+        collate_fn=_pack,  # type: ignore[arg-type]
     )
     return map(_unpack, loader)
 
@@ -192,7 +195,9 @@ class ResumableLoader:
                 "lower data.init_args.batch_size or prepare more samples."
             )
         if not drop_last and world_size > 1:
-            raise UserError(f"data.init_args.drop_last=false works on one device; this run has {world_size}: set it to true.")
+            raise UserError(
+                f"data.init_args.drop_last=false works on one device; this run has {world_size}: set it to true."
+            )
 
     def __len__(self) -> int:
         """Batches in an epoch, wherever the loader stands in it."""
@@ -248,7 +253,8 @@ class OrderedLoader:
         self.num_workers = num_workers
         indices = range(rank, len(reader) - len(reader) % world_size, world_size)
         self._plan = [
-            [(0, index) for index in indices[start : start + batch_size]] for start in range(0, len(indices), batch_size)
+            [(0, index) for index in indices[start : start + batch_size]]
+            for start in range(0, len(indices), batch_size)
         ]
 
     def __len__(self) -> int:

@@ -119,7 +119,9 @@ class TextToImageDataModule(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
-def check_caption_weights(weights: Mapping[str, Mapping[str, float]] | None, available: Mapping[str, list[str]]) -> None:
+def check_caption_weights(
+    weights: Mapping[str, Mapping[str, float]] | None, available: Mapping[str, list[str]]
+) -> None:
     """UserError for caption weights that name unknown languages or kinds, are negative, or are all zero."""
     if weights is None:
         return
@@ -129,7 +131,9 @@ def check_caption_weights(weights: Mapping[str, Mapping[str, float]] | None, ava
             raise UserError(f"{key} names the language {language!r}: the data have {', '.join(available)}.")
         for kind, weight in kinds.items():
             if kind not in available[language]:
-                raise UserError(f"{key}.{language} names the kind {kind!r}: the data have {', '.join(available[language])}.")
+                raise UserError(
+                    f"{key}.{language} names the kind {kind!r}: the data have {', '.join(available[language])}."
+                )
             if not 0 <= weight < float("inf"):
                 raise UserError(f"{key}.{language}.{kind} is {weight}: a weight is a number from 0 up.")
     if not any(weight > 0 for kinds in weights.values() for weight in kinds.values()):

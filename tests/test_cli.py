@@ -42,6 +42,11 @@ data:
 SIGTERM_AT_7 = ["trainer.callbacks.signal.class_path=toys.SignalAt", "trainer.callbacks.signal.init_args.step=7"]
 
 
+@pytest.fixture(autouse=True)
+def toys_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+
+
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with one experiment, `toy`."""
@@ -80,7 +85,7 @@ def test_help_and_list_import_neither_torch_nor_lightning(toy: Path) -> None:
         "assert not heavy, heavy\n"
     )
     path = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    answer = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True)
+    answer = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert "a toy" in answer.stdout
 
@@ -114,7 +119,10 @@ def test_print_config_shows_what_would_run_and_runs_again_as_a_file(toy: Path, c
     [
         (["run", "toyy"], "there is no experiment or task 'toyy' (did you mean 'toy'?)"),
         (["run", "generte", "checkpoint=x"], "(did you mean 'generate'?)"),
-        (["run", "toy", "trainer.max_step=3"], "trainer.max_step is not a setting of Trainer (did you mean 'max_steps'?)"),
+        (
+            ["run", "toy", "trainer.max_step=3"],
+            "trainer.max_step is not a setting of Trainer (did you mean 'max_steps'?)",
+        ),
         (["run", "toy", "model.init_args.dropot=0.1"], "(did you mean 'dropout'?)"),
         (["run", "toy", "new.section=1"], "new is not a setting"),
         (["run", "toy", "trainer.callbacks.dcay.init_args.decay=1"], "(did you mean 'decay'?)"),

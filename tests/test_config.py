@@ -13,6 +13,11 @@ from zimage_lit.run_folder import differences, last_checkpoint, move_aside, plan
 from zimage_lit.validate import check_config
 
 
+@pytest.fixture(autouse=True)
+def toys_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+
+
 @pytest.fixture
 def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty ./experiments in an empty working directory."""
@@ -177,9 +182,11 @@ def test_the_text_of_an_override_means_what_a_person_means(text: str, value: Any
     assert parsed == value and type(parsed) is type(value)
 
 
-@pytest.mark.parametrize("override", ["trainer.max_steps", "--trainer.max_steps=1", ".a=1", "a..b=1", "=1", "a=[1, 2", "a='x"])
+@pytest.mark.parametrize(
+    "override", ["trainer.max_steps", "--trainer.max_steps=1", ".a=1", "a..b=1", "=1", "a=[1, 2", "a='x"]
+)
 def test_a_malformed_override_is_refused(override: str) -> None:
-    assert override.split("=")[0] in refused(parse_overrides, [override])
+    assert override.partition("=")[0] in refused(parse_overrides, [override])
 
 
 # ---------------------------------------------------------------------------------------------------- comments
@@ -210,7 +217,9 @@ class TaskSettings:
 
 
 def test_settings_are_converted_to_the_fields_types() -> None:
-    settings = settings_from(TaskSettings, ["checkpoint=12", "prompts=a cat, a dog", "seed=3", "folder=here", "inner.scale=2"])
+    settings = settings_from(
+        TaskSettings, ["checkpoint=12", "prompts=a cat, a dog", "seed=3", "folder=here", "inner.scale=2"]
+    )
     assert settings == TaskSettings("12", ["a cat, a dog"], 28, 3, Path("here"), Inner(2.0))
     assert settings_from(TaskSettings, {"checkpoint": "x", "prompts": ["a", "b"], "seed": None}).prompts == ["a", "b"]
 
@@ -261,7 +270,10 @@ def nested(path: str, value: Any) -> dict[str, Any]:
         toy(optimiser={"lr": 1e-4}, kind="noise", names=["a"], dropout=1, compile_model=True),
         toy(backbone={"lr": 1}, optimiser=None, anything={"free": {"form": 1}}),
         changed("model.class_path", "toys.ToyModule"),
-        {**toy(), "model": {"class_path": "toys.ToyModuleAbove", "init_args": {**toy()["model"]["init_args"], "extra": 2}}},
+        {
+            **toy(),
+            "model": {"class_path": "toys.ToyModuleAbove", "init_args": {**toy()["model"]["init_args"], "extra": 2}},
+        },
         changed("trainer.precision", "bf16-mixed"),
         changed("trainer.logger", False),
         changed("trainer.max_time", "00:01:00:00"),
@@ -283,11 +295,23 @@ def test_right_settings_pass(good: dict[str, Any]) -> None:
         ("trainer.max_steps", 1.5, "trainer.max_steps must be a whole number, not 1.5"),
         ("trainer.default_root_dir", "x", "the run's folder is run.output_dir"),
         ("trainer.precision", "bf61-mixed", "trainer.precision must be one of "),
-        ("trainer.callbacks.decay.init_args.dcay", 1, "init_args.dcay is not a setting of Decay (did you mean 'decay'?)"),
-        ("trainer.callbacks.decay.init_args.decay", "x", "trainer.callbacks.decay.init_args.decay must be a number, not 'x'"),
+        (
+            "trainer.callbacks.decay.init_args.dcay",
+            1,
+            "init_args.dcay is not a setting of Decay (did you mean 'decay'?)",
+        ),
+        (
+            "trainer.callbacks.decay.init_args.decay",
+            "x",
+            "trainer.callbacks.decay.init_args.decay must be a number, not 'x'",
+        ),
         ("trainer.callbacks.dceay.init_args.decay", 1, "trainer.callbacks.dceay names no class"),
         ("trainer.callbacks.decay.class_path", "toys.ToyModule", "encoder has no value"),
-        ("trainer.callbacks.new", {"class_path": "toys.ToyEncoder", "init_args": {"folder": "f"}}, "must be a Callback"),
+        (
+            "trainer.callbacks.new",
+            {"class_path": "toys.ToyEncoder", "init_args": {"folder": "f"}},
+            "must be a Callback",
+        ),
         ("model.lr", 1, "model.lr is not a setting: next to class_path there is only init_args"),
         ("model.init_args.dropot", 1, "model.init_args.dropot is not a setting of ToyModule (did you mean 'dropout'?)"),
         ("model.init_args.dropout", "much", "model.init_args.dropout must be a number, not 'much'"),
@@ -302,8 +326,16 @@ def test_right_settings_pass(good: dict[str, Any]) -> None:
         ("model.init_args.encoder.class_path", "toys.ToyEncodr", "no class ToyEncodr (did you mean 'ToyEncoder'?)"),
         ("model.init_args.encoder.class_path", "toyz.ToyEncoder", "cannot import toyz"),
         ("model.init_args.encoder.class_path", "ToyEncoder", "must be a full import path"),
-        ("model.init_args.encoder", {"class_path": "toys.ToyEncoder", "init_args": {}}, "encoder.init_args.folder has no value"),
-        ("model.init_args.encoder", {"class_path": "toys.Decay"}, "encoder must be a ToyEncoder (class_path and init_args)"),
+        (
+            "model.init_args.encoder",
+            {"class_path": "toys.ToyEncoder", "init_args": {}},
+            "encoder.init_args.folder has no value",
+        ),
+        (
+            "model.init_args.encoder",
+            {"class_path": "toys.Decay"},
+            "encoder must be a ToyEncoder (class_path and init_args)",
+        ),
         ("model.class_path", "toys.ToyDataModule", "must be a LightningModule"),
         ("data.init_args.num_worker", 2, "data.init_args.num_worker is not a setting of ToyDataModule"),
     ],
@@ -392,7 +424,9 @@ def test_an_attempt_without_a_checkpoint_does_not_block_other_settings(tmp_path:
 
 def test_a_named_checkpoint_must_exist_and_another_run_makes_room(tmp_path: Path) -> None:
     folder = a_run(tmp_path, "finished", toy())
-    assert "run.resume must be auto, never or a checkpoint" in refused(plan_start, settings(tmp_path, "nevr"), toy(), True)
+    assert "run.resume must be auto, never or a checkpoint" in refused(
+        plan_start, settings(tmp_path, "nevr"), toy(), True
+    )
     own = plan_start(settings(tmp_path, str(last_checkpoint(folder))), toy(), first_process=True)
     assert own.checkpoint == last_checkpoint(folder) and folder.exists()
     foreign = tmp_path / "foreign.ckpt"

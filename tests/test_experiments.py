@@ -29,9 +29,7 @@ def test_every_experiment_describes_itself_in_one_line(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_is_valid_and_can_be_built(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_experiment_is_valid_and_can_be_built(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = compose(name, ["trainer.accelerator=cpu", "trainer.devices=1"])
     check_config(config)

@@ -19,7 +19,7 @@ import requests
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from mlflow.tracking import MlflowClient
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from zimage_lit.tracking import ResilientMLFlowLogger, send_spool, ui_command, ui_url
 
@@ -95,8 +95,8 @@ class Line(pl.LightningModule):
         self.save_hyperparameters()
         self.layer = torch.nn.Linear(1, width)
 
-    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
-        loss = (self.layer(batch) - 1).square().mean()
+    def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
+        loss = (self.layer(batch[0]) - 1).square().mean()
         self.log("train/loss", loss)
         assert isinstance(self.logger, ResilientMLFlowLogger)
         self.logger.log_image("samples/line", np.full((16, 16, 3), index, np.uint8), self.global_step)
@@ -125,7 +125,7 @@ def test_a_training_is_tracked_through_the_server(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Line(), DataLoader(torch.ones(8, 1)))
+    trainer.fit(Line(), DataLoader(TensorDataset(torch.ones(8, 1))))
     client = MlflowClient(server.url)
     run = client.get_run(str(logger.run_id))
     assert run.info.status == "FINISHED" and run.data.params["width"] == "4"

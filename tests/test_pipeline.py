@@ -207,7 +207,7 @@ def test_a_save_that_fails_leaves_the_older_pipeline_alone(own, own_folder, tmp_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copytree", full_disk)
-    with pytest.raises(UserError, match="No space left on device.*nothing there was changed"):
+    with pytest.raises(UserError, match=r"No space left on device.*nothing there was changed"):
         own.save_pretrained(tmp_path / "pipeline")
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 

@@ -91,7 +91,8 @@ def test_all_that_is_logged_arrives(make: Callable[..., ResilientMLFlowLogger], 
 
 def test_images_and_tables_are_stored_as_mlflow_itself_stores_them(make: Callable[..., ResilientMLFlowLogger]) -> None:
     ours, theirs = make(), make(resume=False)
-    picture, columns = np.zeros((8, 8, 3), np.uint8), {"prompt": ["a", "b"], "score": [1, 2]}
+    picture = np.zeros((8, 8, 3), np.uint8)
+    columns: dict[str, list[Any]] = {"prompt": ["a", "b"], "score": [1, 2]}
     ours.log_image("samples/a", picture, 3)
     ours.log_table(columns, "eval/t.json")
     ours.finalize()
@@ -173,15 +174,19 @@ def test_sending_twice_leaves_one_copy(make: Callable[..., ResilientMLFlowLogger
 
 
 def test_what_mlflow_refuses_is_put_aside_and_the_rest_arrives(
-    make: Callable[..., ResilientMLFlowLogger], caplog: pytest.LogCaptureFixture
+    make: Callable[..., ResilientMLFlowLogger], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger = make()
     logger.log_tags({"k" * 300: "a name too long for MLflow"})
     logger.log_metrics({"loss": 1.0}, 0)
+    logger.log_metrics({"m" * 300: 1.0}, 0)
+    logger.log_metrics({"loss": 2.0}, 1)
     logger.finalize()
-    assert history(logger.experiment, logger.run_id, "loss") == [(0, 1.0)]
-    assert "too long for MLflow" in (logger._spool.folder / "refused.jsonl").read_text()
-    assert "refuses" in caplog.text
+    assert history(logger.experiment, logger.run_id, "loss") == [(0, 1.0), (1, 2.0)]
+    refused = (logger._spool.folder / "refused.jsonl").read_text().splitlines()
+    assert len(refused) == 2 and "too long for MLflow" in refused[0] and "m" * 300 in refused[1]
+    assert caplog.text.count("refuses a record") == 1
+    assert "MLflow refused 2 records" in capsys.readouterr().out
 
 
 def _log_and_die(folder: Path) -> None:
@@ -207,6 +212,10 @@ def test_kill_9_loses_nothing_that_was_logged(make: Callable[..., ResilientMLFlo
     assert history(logger.experiment, logger.run_id, "loss") == [(step, step) for step in range(500)]
     assert Path(logger.experiment.download_artifacts(str(logger.run_id), "notes/a.txt")).read_text() == "hello"
     assert send_spool(tmp_path / "run") == 0
+    resumed = make()
+    resumed.log_metrics({"loss": 500.0}, 500)
+    resumed.finalize()
+    assert history(resumed.experiment, logger.run_id, "loss")[-1] == (500, 500)
 
 
 def test_a_full_disk_does_not_end_the_training_and_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -266,7 +275,7 @@ def test_bad_input_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(UserError, match="mlflow_run.json does not exist"):
+    with pytest.raises(UserError, match=r"mlflow_run\.json does not exist"):
         send_spool(tmp_path)
     monkeypatch.setattr("sys.argv", ["tracking", str(tmp_path)])
     assert main() == 1
@@ -274,7 +283,7 @@ def test_bad_input_is_one_sentence(
     (tmp_path / "no.db").write_text("this is not a database, whatever its name says")
     with pytest.raises(UserError, match=r"^The MLflow store sqlite:.*no\.db cannot be opened"):
         ResilientMLFlowLogger("experiment", str(tmp_path), tracking_uri=f"sqlite:///{tmp_path}/no.db")
-    with pytest.raises(ValueError, match="ends in .json"):
+    with pytest.raises(ValueError, match=r"ends in \.json"):
         make().log_table({"a": [1]}, "scores.csv")
 
 

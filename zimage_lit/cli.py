@@ -1,6 +1,7 @@
 """The command line: `lightning run NAME [key=value …]`, alias `zimage run …`, `python -m zimage_lit run …`.
 
-torch and Lightning are imported only where something is trained or generated: the list and the help pages answer at once.
+torch and Lightning are imported only where something is trained or generated: the list and the help pages answer at
+once.
 """
 
 import ast
@@ -147,12 +148,13 @@ def train(name: str, overrides: list[str]) -> int:
 
     check_config(config)
 
-    from lightning.pytorch.utilities import rank_zero_only
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     from zimage_lit.run_folder import plan_start
 
     settings = settings_from(RunSettings, config["run"], section="run")
-    first_process = rank_zero_only.rank == 0
+    first_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    # Lightning starts the other processes with this very command line
     start = plan_start(settings, config, first_process)
     if start.note and first_process:
         print(start.note)
@@ -238,7 +240,9 @@ def setting_lines(module_name: str, dataclass_name: str) -> str:
         raise UserError(f"{module_name} is not installed")
     source = Path(spec.origin).read_text(encoding="utf-8")
     lines = source.splitlines()
-    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == dataclass_name]
+    classes = [
+        node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == dataclass_name
+    ]
     fields = [field for node in classes for field in node.body if isinstance(field, ast.AnnAssign)]
     rows = []
     for field in fields:
@@ -264,7 +268,8 @@ def experiment_help(name: str, program: str) -> str:
     config = compose(name)
     rows = [(f"{key}={value}", comments.get(key, "")) for key, value in leaves(config) if key != "description"]
     files = " <- ".join(str(layer.path) for layer in reversed(layers))
-    return f"{config.get('description', name)}\n\nusage: {program} run {name} [key=value …]\nfiles: {files}\n\n{table(rows)}"
+    title = config.get("description", name)
+    return f"{title}\n\nusage: {program} run {name} [key=value …]\nfiles: {files}\n\n{table(rows)}"
 
 
 def leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -47,9 +47,9 @@ class Layer:
 def compose(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """The resolved settings of an experiment as plain dicts, lists and scalars.
 
-    `name` is an experiment (`quickstart`, `tiny/sft`), looked up in ./experiments and then among the shipped ones, or the
-    path of a .yaml file. `overrides` are `dotted.key=value` strings, applied last. `trainer.callbacks` stays a mapping
-    here (see `callback_list`), so the result can be written to a file and composed again.
+    `name` is an experiment (`quickstart`, `tiny/sft`), looked up in ./experiments and then among the shipped ones, or
+    the path of a .yaml file. `overrides` are `dotted.key=value` strings, applied last. `trainer.callbacks` stays a
+    mapping here (see `callback_list`), so the result can be written to a file and composed again.
 
     Raises UserError for a missing file, a cycle, unreadable YAML, a malformed override or an unresolvable `${…}`.
     """
@@ -94,7 +94,7 @@ def list_experiments() -> dict[str, str]:
 
 
 def find_experiment(name: str, beside: Path | None = None) -> Path:
-    """The file of an experiment name or file name; `beside` is a folder to look in first (for a file's own defaults)."""
+    """The file of an experiment name or file name; `beside` is a folder to look in first."""
     if is_file_name(name):
         path = Path(name) if beside is None or Path(name).is_absolute() else beside / name
         if not path.is_file():
@@ -180,7 +180,7 @@ def add_layer(config: dict[str, Any], values: dict[str, Any], source: str) -> di
                 raise UserError(f"trainer.callbacks.{name} cannot be removed by {source}: it is not there{hint}")
         if isinstance(present, list):
             raise UserError(
-                f"trainer.callbacks is a list in the defaults of {source}, so single callbacks cannot be changed by name"
+                f"trainer.callbacks is a list in the defaults of {source}: single callbacks cannot be changed by name"
             )
     return merge(config, values)
 
@@ -334,8 +334,9 @@ def settings_from(
 ) -> Settings:
     """An instance of a settings dataclass from `key=value` strings or a mapping of parsed values.
 
-    A number given for a field of text becomes text, and one text given for a list of texts a list of one. Raises UserError
-    that names the key (after `section`, where one is given) for an unknown key, a wrong type or a missing value.
+    A number given for a field of text becomes text, and one text given for a list of texts a list of one. Raises
+    UserError that names the key (after `section`, where one is given) for an unknown key, a wrong type or a missing
+    value.
     """
     from zimage_lit.validate import build_dataclass  # jsonargparse is imported only where settings are checked
 

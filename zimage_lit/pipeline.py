@@ -499,6 +499,7 @@ def _empty_output(output: Path, overwrite: bool) -> Path:
 def _from_training_checkpoint(path: Path, device: str | None) -> ZImagePipeline:
     """A checkpoint's weights with the text encoder, codec and sampling settings that its run's config.yaml names."""
     from zimage_lit.callbacks.sampling import SamplingSettings, stage_pipeline  # these import the pipeline themselves
+    from zimage_lit.stages.initial_weights import checkpoint_weights
 
     config_path = path.resolve().parent.parent / "config.yaml"
     if not config_path.is_file():
@@ -506,7 +507,7 @@ def _from_training_checkpoint(path: Path, device: str | None) -> ZImagePipeline:
     config = read_yaml(config_path)
     stage = _build_stage(config["model"])
     stage.configure_model()
-    stage.backbone.load_state_dict(_best_weights(path))
+    stage.backbone.load_state_dict(checkpoint_weights(path))
     callbacks = config.get("trainer", {}).get("callbacks") or []
     callbacks = callbacks.values() if isinstance(callbacks, dict) else callbacks
     given = (callback.get("init_args", {}).get("sampling") for callback in callbacks)
@@ -524,21 +525,3 @@ def _build_stage(settings: dict[str, Any]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "model")
     return parser.instantiate(parser.parse_object({"model": fresh})).model
-
-
-def _best_weights(path: Path) -> dict[str, Tensor]:
-    """The backbone's averaged weights where the run kept an EMA, else the trained ones."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn file makes the unpickler raise all kinds, none of which names the file
-        raise UserError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}); is the file whole?"
-        ) from error
-    average = checkpoint.get("callbacks", {}).get("EMA", {}).get("average")
-    if average:
-        return average
-    prefix = "backbone."
-    weights = {name.removeprefix(prefix): w for name, w in checkpoint["state_dict"].items() if name.startswith(prefix)}
-    if not weights:
-        raise UserError(f"{path} holds no tensors named {prefix}*, so it is not the checkpoint of a picture model.")
-    return weights

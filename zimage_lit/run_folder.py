@@ -1,8 +1,8 @@
 """What a run's folder says about starting there: begin, continue where it stopped, or nothing left to do.
 
-    <output_dir>/config.yaml             the composed settings (an experiment file: it can be run again)
-    <output_dir>/run.json                {"status": "running" | "stopped" | "failed" | "finished", "step": …}
-    <output_dir>/checkpoints/last.ckpt   where `run.resume=auto` continues
+<output_dir>/config.yaml             the composed settings (an experiment file: it can be run again)
+<output_dir>/run.json                {"status": "running" | "stopped" | "failed" | "finished", "step": …}
+<output_dir>/checkpoints/last.ckpt   where `run.resume=auto` continues
 """
 
 import json
@@ -68,15 +68,16 @@ def plan_start(run: RunSettings, config: dict[str, Any], first_process: bool) ->
         return Start(note=move_aside(output_dir) if changed and first_process else "")
     status = read_status(output_dir)
     if changed and first_process:
+        state = "a finished" if status.get("status") == "finished" else "an unfinished"
         raise UserError(
-            f"{output_dir} holds {'a finished' if status.get('status') == 'finished' else 'an unfinished'} run with other"
-            f" settings ({listed(changed)}): set them back, give another run.name, or start over with run.resume=never"
+            f"{output_dir} holds {state} run with other settings ({listed(changed)}): set them back,"
+            " give another run.name, or start over with run.resume=never"
         )
     if status.get("status") == "finished" and old and limits(old) == limits(config):
         return Start(
             finished=True,
-            note=f"{run.name} is finished (step {status.get('step')}, in {output_dir}): start over with run.resume=never,"
-            " or go on with a larger trainer.max_steps",
+            note=f"{run.name} is finished (step {status.get('step')}, in {output_dir}): start over with"
+            " run.resume=never, or go on with a larger trainer.max_steps",
         )
     return Start(checkpoint, note=f"continuing {run.name} from {checkpoint}")
 

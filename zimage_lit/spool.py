@@ -39,7 +39,7 @@ class Spool:
         self.end = content.rfind(b"\n") + 1  # behind it: half a line of a process killed while writing
         self._stream.truncate(self.end)
         self.sent: int = json.loads(self._position.read_text()) if self._position.exists() else 0
-        self.lost = 0
+        self.lost = self.refused = 0
 
     def append(self, record: Record, files: Mapping[str, bytes] | None = None) -> None:
         """Hand a record, and the content of its artifacts by artifact path, to the operating system.
@@ -95,11 +95,13 @@ class Spool:
         temporary.replace(self._position)
         self.sent = position
 
-    def refuse(self, records: Sequence[Record], error: Exception) -> None:
+    def refuse(self, record: Record, error: Exception) -> None:
         """Put aside what the server will never take, so that it does not block all that follows."""
         with (self.folder / "refused.jsonl").open("a") as stream:
-            stream.writelines(json.dumps({**record, "error": str(error)}) + "\n" for record in records)
-        log.warning("MLflow refuses a record, now kept in %s: %s", self.folder / "refused.jsonl", first_line(error))
+            stream.write(json.dumps({**record, "error": str(error)}) + "\n")
+        self.refused += 1
+        if self.refused == 1:
+            log.warning("MLflow refuses a record, now kept in %s: %s", self.folder / "refused.jsonl", first_line(error))
 
     def unsent(self) -> str:
         """What has not arrived, in words."""
@@ -113,17 +115,26 @@ class Spool:
 def deliver(client: MlflowClient, run_id: str, spool: Spool) -> None:
     """Send every unsent record, oldest first; raises what the client raises when the server does not answer."""
     for records, end in spool.batches():
-        try:
-            send(client, run_id, spool.folder, records)
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            spool.refuse(records, error)
-            spool.mark_sent(end)
-            continue
+        taken = send_or_refuse(client, run_id, spool, records)
         spool.mark_sent(end)
-        for local, _ in records[0].get("files", ()):
+        for local, _ in records[0].get("files", ()) if taken else ():
             shutil.rmtree((spool.folder / local).parent)
+
+
+def send_or_refuse(client: MlflowClient, run_id: str, spool: Spool, records: Sequence[Record]) -> bool:
+    """Whether the server took all records; those beside a refused one are sent one by one."""
+    try:
+        send(client, run_id, spool.folder, records)
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        if len(records) == 1:
+            spool.refuse(records[0], error)
+        else:
+            for record in records:
+                send_or_refuse(client, run_id, spool, [record])
+        return False
+    return True
 
 
 def send(client: MlflowClient, run_id: str, folder: Path, records: Sequence[Record]) -> None:

@@ -243,7 +243,7 @@ class ResilientMLFlowLogger(MLFlowLogger):
 
     @rank_zero_only
     def flush(self) -> None:
-        """Wait until everything has arrived; give up on a server that does not answer for `wait_at_end` seconds, and say so."""
+        """Wait until everything has arrived; what a server silent for `wait_at_end` seconds did not take is said."""
         if not self._initialized:
             return
         began = time.monotonic()
@@ -269,6 +269,8 @@ class ResilientMLFlowLogger(MLFlowLogger):
         self.flush()
         if self._spool.lost:
             print(f"{self._spool.lost} records could not be written to {self._spool.folder} and are lost to MLflow.")
+        if self._spool.refused:
+            print(f"MLflow refused {self._spool.refused} records: see {self._spool.folder / 'refused.jsonl'}.")
         if not self._announced:
             self._announced = True
             command, url = ui_command(self), ui_url(self)

@@ -1,7 +1,7 @@
 """Check composed settings against the signatures of the classes they name, before anything is built.
 
-LightningCLI checks the same settings when it builds the objects, but answers with every type it tried. Here each value is
-checked alone, so that the first wrong one is named in one sentence with its dotted key.
+LightningCLI checks the same settings when it builds the objects, but answers with every type it tried. Here each value
+is checked alone, so that the first wrong one is named in one sentence with its dotted key.
 """
 
 import collections.abc
@@ -166,7 +166,7 @@ def import_class(key: str, path: Any) -> Any:
 
 
 def parameters_of(component: Any) -> dict[str, Parameter]:
-    """The arguments that a config may give: those of the constructor and, through **kwargs, of the constructors above."""
+    """The arguments that a config may give: those of the constructor and, through **kwargs, of the ones above it."""
     signatures = constructors(component)
     hints = [resolved_hints(function) for function in signatures]
     if inspect.isclass(component):
@@ -192,7 +192,7 @@ def parameters_of(component: Any) -> dict[str, Parameter]:
 def constructors(component: Any) -> list[Any]:
     if not inspect.isclass(component):
         return [component]
-    return [base.__init__ for base in component.__mro__ if "__init__" in vars(base) and base is not object]
+    return [vars(base)["__init__"] for base in component.__mro__ if "__init__" in vars(base) and base is not object]
 
 
 def resolved_hints(function: Any) -> dict[str, Any]:
@@ -246,14 +246,16 @@ def describe_one(hint: Any) -> str:
         inner = typing.get_args(hint)
         return f"a list of {describe(inner[0])} each" if origin is list and inner else NAMES[origin]
     if origin in COLLECTIONS:
-        inner = [describe(argument) for argument in typing.get_args(hint) if argument is not Ellipsis]
-        return f"a list of {', '.join(inner)}" if inner else "a list"
+        parts = [describe(argument) for argument in typing.get_args(hint) if argument is not Ellipsis]
+        return f"a list of {', '.join(parts)}" if parts else "a list"
     if origin is collections.abc.Callable:
         return "a class to be called (class_path and init_args)"
     if inspect.isclass(origin) and issubclass(origin, dict | collections.abc.Mapping):
         return "a mapping"
     if inspect.isclass(origin):
-        return f"{'settings of' if dataclasses.is_dataclass(origin) else 'a'} {origin.__name__} (class_path and init_args)"
+        return (
+            f"{'settings of' if dataclasses.is_dataclass(origin) else 'a'} {origin.__name__} (class_path and init_args)"
+        )
     return str(hint)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from litdata import optimize
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -56,7 +57,9 @@ def prepare(
     """
     data_dir = Path(data_dir)
     if num_samples < 1 or num_val_samples < 1:
-        raise UserError(f"TinyWorld needs samples: num_samples={num_samples}, num_val_samples={num_val_samples}, both at least 1.")
+        raise UserError(
+            f"TinyWorld needs samples: num_samples={num_samples}, num_val_samples={num_val_samples}, both at least 1."
+        )
     settings = {
         "num_samples": num_samples,
         "num_val_samples": num_val_samples,
@@ -102,17 +105,19 @@ def _is_prepared(data_dir: Path, settings: dict[str, Any]) -> bool:
 def _sole_preparation(data_dir: Path) -> Iterator[None]:
     """Hold the folder's lock, and clear what a killed preparation left behind, or refuse a folder that is someone else's.
 
-    The lock is the kernel's: it goes when its holder and the workers forked from it are gone, however they ended.
+    The lock is the kernel's: it goes with the process that holds it, however that ends.
     """
     marker = data_dir / LOCK
     if data_dir.exists() and not marker.exists() and any(data_dir.iterdir()) and not (data_dir / MANIFEST).exists():
-        raise UserError(f"{data_dir} is not empty and holds no data set: set data.init_args.data_dir to a folder of its own.")
+        raise UserError(
+            f"{data_dir} is not empty and holds no data set: set data.init_args.data_dir to a folder of its own."
+        )
     data_dir.mkdir(parents=True, exist_ok=True)
     with marker.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        fcntl.lockf(stream, fcntl.LOCK_EX)
         if not (data_dir / MANIFEST).exists():
-            for name in (*SPLITS, "codec", "text_encoder"):
-                shutil.rmtree(data_dir / name, ignore_errors=True)
+            for left_behind in (path for path in data_dir.iterdir() if path.is_dir()):
+                shutil.rmtree(left_behind, ignore_errors=True)
         yield
     marker.unlink(missing_ok=True)
 
@@ -134,15 +139,17 @@ def _prepare(data_dir: Path, settings: dict[str, Any], num_workers: int) -> None
 
 def _write_split(folder: Path, split: str, size: int, seed: int, num_workers: int) -> None:
     """Draw `size` samples and have litdata write them, each worker a row of full chunks, in order."""
+    unfinished = folder.with_name(f".{split}-{os.getpid()}")  # its own: workers of a killed preparation may still write
     # The platform's own way to start processes: litdata sets its choice for the whole program, and its default, spawn,
     # would slow down every DataLoader that comes after.
     start_method = multiprocessing.get_start_method()
     done = multiprocessing.Value("q", 0)
-    with _progress(f"Drawing TinyWorld, {split}", size, done):
+    # litdata seeds Python's, numpy's and torch's random numbers: a run that prepares must not differ from one that need not.
+    with _progress(f"Drawing TinyWorld, {split}", size, done), isolate_rng():
         optimize(
             _DrawAndCount(seed, SPLITS[split], done),
             inputs=list(range(size)),
-            output_dir=str(folder),
+            output_dir=str(unfinished),
             chunk_size=min(CHUNK_SAMPLES, size),
             align_chunking=True,
             keep_data_ordered=True,
@@ -151,7 +158,8 @@ def _write_split(folder: Path, split: str, size: int, seed: int, num_workers: in
             start_method=start_method,
             verbose=False,
         )
-    _name_chunks_by_order(folder)
+    _name_chunks_by_order(unfinished)
+    unfinished.rename(folder)
 
 
 class _DrawAndCount:
@@ -161,13 +169,20 @@ class _DrawAndCount:
         self.seed, self.split, self.done = seed, split, done
 
     def __call__(self, index: int) -> dict[str, Any]:
-        parent = multiprocessing.parent_process()
-        if parent is not None and not parent.is_alive():
-            raise SystemExit("The preparation was killed.")  # else this worker would go on and hold the lock
+        _leave_if_orphaned()
         sample = draw(index, self.seed, self.split)
         with self.done.get_lock():
             self.done.value += 1
         return encode_sample(sample.image, sample.captions, sample.metadata, index)
+
+
+def _leave_if_orphaned() -> None:
+    """End this worker, and litdata's helpers below it that would wait for ever, when the preparation was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        for helper in multiprocessing.active_children():
+            helper.kill()
+        os._exit(1)
 
 
 @contextmanager

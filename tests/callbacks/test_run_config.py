@@ -42,7 +42,9 @@ def test_the_commit_and_whether_the_code_differs_from_it(tmp_path: Path, monkeyp
 
     def git(*words: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        return subprocess.run(["git", *identity, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", *identity, *words], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
 
     git("init", "-q")
     assert git_state(tmp_path) == {}

@@ -1,6 +1,8 @@
 """Streaming without a trainer: what is read, in which order, and what is said about damage."""
 
+import io
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,15 @@ import litdata
 import numpy as np
 import pytest
 import torch
-from noise_samples import KINDS, NUM_SAMPLES, pixels
+from PIL import Image
 
 from data_modules.manifest import read_manifest, write_manifest
 from data_modules.streaming import CaptionChooser, ResumableLoader, encode_sample
 from data_modules.text_to_image import TextToImageDataModule
 from zimage_lit.errors import UserError
+
+NUM_SAMPLES = 44  # of the noise data set in conftest.py
+KINDS = {"en": ["long", "short"], "zh": ["short"]}
 
 
 def data_module(folder: Path, **options: Any) -> TextToImageDataModule:
@@ -38,7 +43,9 @@ def the_error(folder: Path, **options: Any) -> str:
 # What a batch holds
 
 
-def test_a_batch_has_the_stored_pixels_captions_metadata_and_ids(noise_folder: Path) -> None:
+def test_a_batch_has_the_stored_pixels_captions_metadata_and_ids(
+    noise_folder: Path, pixels: Callable[[int], np.ndarray]
+) -> None:
     batches = list(data_module(noise_folder, shuffle=False, drop_last=False).train_dataloader())
     assert [len(batch["ids"]) for batch in batches] == [8, 8, 8, 8, 8, 4]
     index = 0
@@ -55,10 +62,6 @@ def test_a_batch_has_the_stored_pixels_captions_metadata_and_ids(noise_folder: P
 
 
 def test_images_of_other_modes_become_rgb(tmp_path: Path) -> None:
-    import io
-
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.new("L", (5, 4), 77).save(buffer, "PNG")
     grey = encode_sample(buffer.getvalue(), {"en": {"short": "grey"}}, {}, 0)
@@ -103,7 +106,9 @@ def test_the_order_depends_on_the_seed_and_not_on_the_workers(noise_folder: Path
 
 @pytest.mark.parametrize(("workers_before", "workers_after"), [(0, 0), (0, 2), (2, 0), (2, 1)])
 @pytest.mark.parametrize("done", [0, 1, 3, 5])
-def test_a_saved_position_continues_exactly(noise_folder: Path, done: int, workers_before: int, workers_after: int) -> None:
+def test_a_saved_position_continues_exactly(
+    noise_folder: Path, done: int, workers_before: int, workers_after: int
+) -> None:
     loader = data_module(noise_folder).train_dataloader()
     expected = epoch_of(loader) + epoch_of(loader)
 
@@ -247,7 +252,9 @@ def test_a_picture_that_cannot_be_decoded_is_named(noise_copy: Path, num_workers
 def test_a_sample_without_any_weighted_caption_is_named(noise_folder: Path, num_workers: int) -> None:
     module = data_module(noise_folder, num_workers=num_workers, shuffle=False)
     module.caption_weights = {"en": {"poem": 1.0}}
-    with pytest.raises(UserError, match=r"Sample id-0 in .* has captions of the kinds en.long, en.short, zh.short, and "):
+    with pytest.raises(
+        UserError, match=r"Sample id-0 in .* has captions of the kinds en.long, en.short, zh.short, and "
+    ):
         list(module.train_dataloader())
 
 

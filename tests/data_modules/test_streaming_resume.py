@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +55,7 @@ def train(
     num_workers: int,
     ckpt_path: Path | None = None,
     die_in_step: int | None = None,
+    batch_size: int = BATCH_SIZE,
     **options: Any,
 ) -> list[Seen]:
     """What a run saw, step by step; its checkpoints, one a step, are output/<step>.ckpt."""
@@ -67,7 +67,7 @@ def train(
         accelerator="cpu", callbacks=[keep_all], logger=False, enable_progress_bar=False, enable_model_summary=False,
         **{"max_epochs": -1, "max_steps": MAX_STEPS, "limit_val_batches": 0, **options},
     )  # fmt: skip
-    data_module = TextToImageDataModule(str(data), batch_size=BATCH_SIZE, num_workers=num_workers, seed=5)
+    data_module = TextToImageDataModule(str(data), batch_size=batch_size, num_workers=num_workers, seed=5)
     trainer.fit(module, datamodule=data_module, ckpt_path=ckpt_path, weights_only=False)
     return seen(output)
 
@@ -156,10 +156,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(
     assert found == expected[killed_in:]
 
 
-def test_a_checkpoint_of_other_data_settings_is_refused(
-    uninterrupted: Any, noise_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_of_other_data_settings_is_refused(uninterrupted: Any, noise_folder: Path, tmp_path: Path) -> None:
     checkpoints, _ = uninterrupted(0)
-    monkeypatch.setattr(sys.modules[__name__], "BATCH_SIZE", 4)
     with pytest.raises(UserError, match="batch_size=8 and this run has batch_size=4"):
-        train(noise_folder, tmp_path, 0, checkpoints / "3.ckpt")
+        train(noise_folder, tmp_path, 0, checkpoints / "3.ckpt", batch_size=4)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import time
@@ -72,7 +73,9 @@ def test_validation_holds_held_out_samples_in_order(folder: Path) -> None:
 
 
 def test_codec_and_text_encoder_lie_beside_the_samples(folder: Path) -> None:
-    images = torch.from_numpy(np.stack([draw(index, SEED).image for index in range(16)])).permute(0, 3, 1, 2) / 127.5 - 1
+    images = (
+        torch.from_numpy(np.stack([draw(index, SEED).image for index in range(16)])).permute(0, 3, 1, 2) / 127.5 - 1
+    )
     codec = PatchPCACodec(folder / "codec")
     error = (codec.decode(codec.encode(images)) - images).square().mean()
     assert error < 0.1 * images.var()
@@ -97,15 +100,24 @@ def test_the_manifest_describes_the_folder(folder: Path) -> None:
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_any_number_of_workers_writes_the_same_bytes(folder: Path, tmp_path: Path, num_workers: int) -> None:
-    preparation._write_split(tmp_path, "train", NUM_SAMPLES, SEED, num_workers)
-    assert content(tmp_path) == content(folder / "train")
+    preparation._write_split(tmp_path / "train", "train", NUM_SAMPLES, SEED, num_workers)
+    assert content(tmp_path / "train") == content(folder / "train")
 
 
-def test_preparing_leaves_the_start_method_alone(folder: Path, tmp_path: Path) -> None:
-    """litdata sets one for the whole program, and its own default would make every later DataLoader worker spawn."""
-    before = multiprocessing.get_start_method()
-    preparation._write_split(tmp_path, "train", 3, SEED, num_workers=1)
-    assert multiprocessing.get_start_method() == before
+def test_preparing_changes_nothing_for_the_rest_of_the_program(tmp_path: Path) -> None:
+    """litdata sets a start method, whose default would make every later DataLoader worker spawn, and all random seeds."""
+
+    def state() -> tuple[object, ...]:
+        return (
+            multiprocessing.get_start_method(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist(),
+        )
+
+    before = state()
+    preparation._write_split(tmp_path / "train", "train", 3, SEED, num_workers=1)
+    assert state() == before
 
 
 def test_a_finished_folder_is_left_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,9 +127,13 @@ def test_a_finished_folder_is_left_as_it_is(folder: Path, monkeypatch: pytest.Mo
     assert content(folder) == before
 
 
-@pytest.mark.parametrize(("key", "value", "stored"), [("num_samples", 91, 90), ("seed", 8, 7), ("num_val_samples", 3, 12)])
+@pytest.mark.parametrize(
+    ("key", "value", "stored"), [("num_samples", 91, 90), ("seed", 8, 7), ("num_val_samples", 3, 12)]
+)
 def test_other_settings_are_refused_by_name(folder: Path, key: str, value: int, stored: int) -> None:
-    with pytest.raises(UserError, match=rf"prepared with {key}={stored} \(now {key}={value}\).*: set data.init_args.data_dir"):
+    with pytest.raises(
+        UserError, match=rf"prepared with {key}={stored} \(now {key}={value}\).*: set data.init_args.data_dir"
+    ):
         data_module(folder, **{key: value}).prepare_data()
 
 
@@ -139,21 +155,25 @@ def test_a_killed_preparation_is_not_taken_for_a_finished_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tmp_path / "data"
-    many = 1_000_000
-    process = multiprocessing.get_context("fork").Process(target=prepare, args=(data, many, SEED), kwargs={"num_workers": 2})
+    many = 20_000
+    process = multiprocessing.get_context("fork").Process(
+        target=prepare, args=(data, many, SEED), kwargs={"num_workers": 2}
+    )
     process.start()
     deadline = time.monotonic() + 60
-    while len(list((data / "train").glob("*.bin"))) < 3 and time.monotonic() < deadline:
+    while len(list(data.glob(".train-*/*.bin"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert list((data / "train").glob("*.bin")) and not (data / "manifest.json").exists()
+    assert list(data.glob(".train-*/*.bin")) and not (data / "manifest.json").exists()
     with pytest.raises(UserError, match="has no manifest.json, so its preparation never finished"):
         data_module(data).setup("fit")
 
     monkeypatch.setattr(preparation, "_fit_components", lambda *_: None)
-    prepare(data, NUM_SAMPLES, SEED, num_workers=1, num_val_samples=NUM_VAL_SAMPLES)  # other settings: nothing holds them
+    prepare(
+        data, NUM_SAMPLES, SEED, num_workers=1, num_val_samples=NUM_VAL_SAMPLES
+    )  # other settings: nothing holds them
     assert read_manifest(data).fingerprint == read_manifest(folder).fingerprint
     assert not (data / preparation.LOCK).exists()
 

@@ -86,7 +86,7 @@ def test_thresholds_are_strict_and_counting_has_its_own():
 
 def test_at_most_sixteen_of_a_class_the_best_ones():
     crowd = [detection(confidence=0.5 + i / 100) for i in range(20)]
-    kept = filter_detections(crowd + [detection("cat")], "two_object")
+    kept = filter_detections([*crowd, detection("cat")], "two_object")
     assert kept["dog"] == crowd[:3:-1] and len(kept["cat"]) == 1
 
 

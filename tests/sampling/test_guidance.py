@@ -90,5 +90,5 @@ def test_tensors_come_back_as_tensors():
 
 @pytest.mark.parametrize("negatives", [None, NEGATIVES[:1]])
 def test_guidance_without_negatives_is_refused(negatives):
-    with pytest.raises(ValueError, match="one negative caption for each of 2 captions"):
+    with pytest.raises(ValueError, match="one negative for each of 2 captions"):
         guidance.guided_velocity(Recorder(), CAPTIONS, negatives, guidance_scale=2.0)

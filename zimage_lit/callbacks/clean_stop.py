@@ -26,9 +26,9 @@ class RunStopped(SystemExit):
 class CleanStop(Callback):
     """Turns the first signal into a request that is honoured after an optimiser step; a second one ends at once.
 
-    Lightning's own handling saves nothing, and an exception in mid-step would leave half-updated weights. It has to be the
-    last callback before the checkpoint callbacks, so that all others have seen the step. Whoever calls `trainer.fit` calls
-    `restore` afterwards.
+    Lightning's own handling saves nothing, and an exception in mid-step would leave half-updated weights. It has to be
+    the last callback before the checkpoint callbacks, so that all others have seen the step. Whoever calls
+    `trainer.fit` calls `restore` afterwards.
 
     Args:
         output_dir: folder of the run; the checkpoint is `<output_dir>/checkpoints/last.ckpt`.

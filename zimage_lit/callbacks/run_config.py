@@ -38,11 +38,16 @@ class RunConfig(Callback):
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         tags = environment(trainer.strategy.root_device) | git_state(Path.cwd())
+        tags["output_dir"] = str(self.output_dir.absolute())
+        datamodule = getattr(trainer, "datamodule", None)
+        info = datamodule.dataset_info() if datamodule and hasattr(datamodule, "dataset_info") else None
         for logger in trainer.loggers:
             if hasattr(logger, "log_text"):
                 logger.log_text(to_yaml(self.config), "config/config.yaml")
             if hasattr(logger, "log_tags"):
                 logger.log_tags(tags)
+            if info and hasattr(logger, "log_dataset"):
+                logger.log_dataset(info["name"], info["fingerprint"], info["path"])
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -4,7 +4,7 @@
 
 Source: Z-Image technical report, Eq. 1 (arXiv 2511.22699); Liu et al., Rectified Flow (arXiv 2209.03003).
 
-Every function takes either one tensor (B, …) or a list of B tensors of any shapes, one a sample, and returns the same form.
+Every function takes one tensor (B, …) or a list of B tensors of any shapes, one a sample, and returns the same form.
 """
 
 from typing import TypeVar
@@ -60,7 +60,7 @@ def loss(predicted: Latents, target: Latents) -> Tensor:
         return (predicted.float() - target.float()).square().flatten(1).mean(dim=1)
     if len({x.shape for x in target}) == 1:
         return loss(torch.stack(predicted), torch.stack(target))
-    # One subtraction over all samples joined end to end, then one mean a segment: no kernels of its own for each sample.
+    # One subtraction over all samples joined end to end, then one mean a segment: no kernels for each sample.
     joined_target = torch.cat([x.reshape(-1) for x in target]).float()
     joined_predicted = torch.cat([x.reshape(-1) for x in predicted]).float()
     lengths = torch.tensor([x.numel() for x in target], device=joined_target.device)

@@ -21,7 +21,7 @@ def uniform(n: int, generator: torch.Generator | None = None) -> Tensor:
 def logit_normal(n: int, mean: float = 0.0, std: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """n times with logit(sigma) ~ N(mean, std²), (n,) float32: most training effort goes to the middle of the path.
 
-    A positive ``mean`` means more noise, as in SD3 (Esser et al., arXiv 2403.03206, §3.1), which is "rf/lognorm(mean, std)".
+    A positive ``mean`` means more noise. Source: SD3, "rf/lognorm(mean, std)" (Esser et al., arXiv 2403.03206, §3.1).
     """
     logits = mean + std * torch.randn(n, generator=generator, device=_device(generator))
     return torch.sigmoid(-logits)  # t = 1 − sigmoid(logit sigma), without the cancellation
@@ -75,7 +75,7 @@ class TimestepLaw:
             raise ValueError(f"The timestep law's shift must be a positive number or 'resolution', not {self.shift}.")
 
     def sample(self, num_tokens: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-        """One t for each sample, (B,) float32 on the generator's device; ``num_tokens``: image tokens of each sample."""
+        """One t for each sample, (B,) float32 on the generator's device; ``num_tokens``: each sample's image tokens."""
         n = len(num_tokens)
         t = uniform(n, generator) if self.name == "uniform" else logit_normal(n, self.mean, self.std, generator)
         if self.shift == "resolution":

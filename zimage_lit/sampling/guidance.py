@@ -67,7 +67,7 @@ def guided_velocity(
     if guides and (negative_captions is None or len(negative_captions) != len(positives)):
         given = "none" if negative_captions is None else len(negative_captions)
         raise ValueError(
-            f"guidance_scale={guidance_scale} needs one negative caption for each of {len(positives)} captions, got {given}."
+            f"guidance_scale={guidance_scale} needs one negative for each of {len(positives)} captions, got {given}."
         )
     negatives = list(negative_captions) if guides and negative_captions is not None else []
 

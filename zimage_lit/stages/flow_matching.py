@@ -93,6 +93,19 @@ class FlowMatchingModule(LightningModule):
             latents.update(zip(places, self.codec.encode(stacked.float() / 127.5 - 1), strict=True))
         return [latents[i] for i in range(len(images))]
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip and log the norm; Lightning's own clipping refuses the fused AdamW under mixed precision."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise UserError(f"trainer.gradient_clip_algorithm must be norm, not {gradient_clip_algorithm}.")
+        limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
+        norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), limit)
+        self.log("train/gradient_norm", norm)
+
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.backbone, self.optimizer_settings)
         total_steps = int(self.trainer.estimated_stepping_batches)

@@ -1,6 +1,6 @@
 """Where a stage's backbone comes from: fresh weights, an exported folder, a checkpoint, or an MLflow run."""
 
-import pickle
+import os
 from pathlib import Path
 
 import torch
@@ -35,22 +35,18 @@ def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises UserError for a missing or damaged file, or one without a backbone.
     """
     if not path.is_file():
-        raise UserError(f"init_from={path}: there is no such checkpoint.")
+        raise UserError(f"there is no checkpoint {path}.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"init_from={path}: the file cannot be read as a checkpoint ({error}).") from error
-    for name, state in checkpoint.get("callbacks", {}).items():
-        if name.split("{")[0] == "EMA" and state["average"]:
-            return state["average"]
+    except Exception as error:  # a torn file makes the unpickler raise all kinds, none of which names the file
+        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); is the file whole?") from error
+    average = checkpoint.get("callbacks", {}).get("EMA", {}).get("average")
+    if average:
+        return average
     prefix = "backbone."
-    weights = {
-        name.removeprefix(prefix): weight
-        for name, weight in checkpoint.get("state_dict", {}).items()
-        if name.startswith(prefix)
-    }
+    weights = {name.removeprefix(prefix): w for name, w in checkpoint["state_dict"].items() if name.startswith(prefix)}
     if not weights:
-        raise UserError(f"init_from={path}: the checkpoint holds no backbone.")
+        raise UserError(f"{path} holds no tensors named {prefix}*, so it is not the checkpoint of a picture model.")
     return weights
 
 
@@ -70,16 +66,17 @@ def _from_checkpoint(config: S3DiTConfig, path: Path) -> S3DiT:
 
 
 def run_checkpoint(run_id: str) -> Path:
-    """The checkpoint of the run that MLflow knows as `run_id`: its `output_dir` tag says where it was written."""
+    """The checkpoint of the run that MLflow knows as `run_id`; its tag `output_dir` says where the run was written."""
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    from zimage_lit.tracking import default_tracking_uri
+    from zimage_lit.tracking import resolve_store
 
+    uri, _ = resolve_store(os.environ.get("MLFLOW_TRACKING_URI"), Path("outputs/any").absolute())
     try:
-        run = MlflowClient(default_tracking_uri()).get_run(run_id)
+        tags = MlflowClient(uri).get_run(run_id).data.tags
     except MlflowException as error:
-        raise UserError(f"init_from=run:{run_id}: MLflow at {default_tracking_uri()} does not know this run.") from error
-    if "output_dir" not in run.data.tags:
+        raise UserError(f"init_from=run:{run_id}: MLflow at {uri} does not know this run.") from error
+    if "output_dir" not in tags:
         raise UserError(f"init_from=run:{run_id}: the run has no output_dir tag, name its checkpoint file instead.")
-    return Path(run.data.tags["output_dir"]) / "checkpoints" / "last.ckpt"
+    return Path(tags["output_dir"]) / "checkpoints" / "last.ckpt"
