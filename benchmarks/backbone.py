@@ -43,12 +43,12 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--heads", type=int, default=4, help="dim / heads is 32, 64 or 128")
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=2, help="dim / heads is 32, 64 or 128")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--draws", type=int, default=3, help="different mixed batches")
-    parser.add_argument("--turns", type=int, default=3, help="timed turns on each batch, after one to warm up")
+    parser.add_argument("--turns", type=int, default=2, help="timed turns on each batch, after one to warm up")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "bfloat16-mixed"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

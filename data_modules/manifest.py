@@ -73,7 +73,7 @@ def read_manifest(data_dir: Path) -> Manifest:
         raise UserError(f"{path} cannot be read ({error}): delete {data_dir} and prepare it again.") from error
     if version != FORMAT:
         raise UserError(
-            f"{path} has format {version} and this version reads format {FORMAT}: delete {data_dir} and prepare it again."
+            f"{path} has format {version} and this version reads {FORMAT}: delete {data_dir} and prepare it again."
         )
     return manifest
 

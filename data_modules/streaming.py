@@ -1,7 +1,7 @@
 """Samples from litdata chunks, in an order that is a pure function of (seed, epoch), from any batch on.
 
-litdata stores and streams the samples; which samples make up batch b of epoch e is decided here. A position in training is
-then two numbers, epoch and batches done, and resuming at it is exact whatever the number of workers, then or now.
+litdata stores and streams the samples; which samples make up batch b of epoch e is decided here. A position in training
+is then two numbers, epoch and batches done, and resuming at it is exact whatever the number of workers, then or now.
 """
 
 import io
@@ -40,9 +40,9 @@ def encode_sample(
 ) -> dict[str, Any]:
     """One sample as litdata's `optimize` is to write it.
 
-    `image` is uint8 (H, W, 3) RGB, stored as PNG, or the bytes of a PNG or JPEG file, stored as they are. The bytes travel
-    as an array: litdata packs samples of plain Python values into Arrow tables of 256 rows and would decode a whole table
-    for every picture read at random (measured: 40 ms instead of 2 ms for a batch of 64).
+    `image` is uint8 (H, W, 3) RGB, stored as PNG, or the bytes of a PNG or JPEG file, stored as they are. The bytes
+    travel as an array: litdata packs samples of plain Python values into Arrow tables of 256 rows and would decode a
+    whole table for every picture read at random (measured: 40 ms instead of 2 ms for a batch of 64).
     """
     if isinstance(image, np.ndarray):
         buffer = io.BytesIO()
@@ -76,8 +76,8 @@ class CaptionChooser:
         if not total > 0:
             found = ", ".join(f"{language}.{kind}" for language, kinds in captions.items() for kind in kinds)
             raise UserError(
-                f"has captions of the kinds {found or 'none at all'}, and data.init_args.caption_weights gives none of them "
-                "a weight above 0: add one of them."
+                f"has captions of the kinds {found or 'none at all'}, and data.init_args.caption_weights gives none "
+                "of them a weight above 0: add one of them."
             )
         uniform = random.Random(f"caption/{self.seed}/{epoch}/{index}").random() * total
         for text, weight in options:
@@ -109,7 +109,7 @@ class SampleReader(Dataset[dict[str, Any]]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
-        """A batch at once: read in the order of the chunks, so that each is opened once, returned in the order asked."""
+        """A batch at once: read in the order of the chunks, so that each is opened once, given in the order asked."""
         samples = {key: self._read(*key) for key in sorted(keys, key=lambda key: key[1])}
         return [samples[key] for key in keys]
 
@@ -128,7 +128,7 @@ class SampleReader(Dataset[dict[str, Any]]):
             }
         except UserError as error:
             return {"error": f"Sample {name} in {self._chunk_of(index)} {error}"}
-        except Exception as error:  # noqa: BLE001 - damaged bytes break litdata, Pillow and json in many ways
+        except Exception as error:  # damaged bytes break litdata, Pillow and json in many ways
             return {
                 "error": f"Sample {name} in {self._chunk_of(index)} cannot be read ({type(error).__name__}: {error}): "
                 "copy the file again, or prepare the data again."
@@ -138,7 +138,7 @@ class SampleReader(Dataset[dict[str, Any]]):
         return self.folder / self._chunk_names[bisect_right(self._chunk_ends, index)]
 
 
-def read_batches(reader: SampleReader, plan: Iterable[Sequence[Key]], num_workers: int) -> Iterator[Batch]:
+def read_batches(reader: SampleReader, plan: Iterable[list[Key]], num_workers: int) -> Iterator[Batch]:
     """The batches of a plan, in its order. UserError names a sample that cannot be read."""
     loader: Iterable[dict[str, Any]] = DataLoader(
         reader,
@@ -152,9 +152,9 @@ def read_batches(reader: SampleReader, plan: Iterable[Sequence[Key]], num_worker
 class ResumableLoader:
     """Endless epochs of batches, with the position as its state.
 
-    Each pass of `iter` runs to the end of the epoch from wherever the loader stands; at the end the next pass begins the
-    next epoch. A batch counts as done when it is handed out, so a state saved during a training step continues with the
-    batch after it. Lightning finds `state_dict` and `load_state_dict` and keeps the state in its checkpoints.
+    Each pass of `iter` runs to the end of the epoch from wherever the loader stands; at the end the next pass begins
+    the next epoch. A batch counts as done when it is handed out, so a state saved during a training step continues with
+    the batch after it. Lightning finds `state_dict` and `load_state_dict` and keeps the state in its checkpoints.
 
     Every rank takes its own part of each global batch of `batch_size * world_size` samples.
 

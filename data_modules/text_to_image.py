@@ -17,7 +17,8 @@ CaptionWeights = dict[str, dict[str, float]]  # language -> kind -> weight
 class TextToImageDataModule(LightningDataModule):
     """Text-to-image batches from a folder with manifest.json, train/ and perhaps val/ (litdata chunks).
 
-    A batch is {"images": list of uint8 (3, H, W) tensors, "captions": list of str, "metadata": list of dict, "ids": list}.
+    A batch is {"images": list of uint8 (3, H, W) tensors, "captions": list of str, "metadata": list of dict,
+    "ids": list of int or str}.
     The training loader keeps its position in Lightning's checkpoints: a run that is killed and resumed sees the samples
     that the uninterrupted run would have seen, in this and in later epochs, with any number of workers.
 
@@ -32,8 +33,8 @@ class TextToImageDataModule(LightningDataModule):
         verify: what `setup` compares with the manifest: the "size" of every file, or its "sha256" too.
 
     Raises:
-        UserError: at `setup`, for a missing, unfinished, truncated or (with "sha256") damaged folder and for caption weights
-            that name what the data do not have; in training, for a sample that cannot be read.
+        UserError: at `setup`, for a missing, unfinished, truncated or (with "sha256") damaged folder and for caption
+            weights that name what the data do not have; in training, for a sample that cannot be read.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class TextToImageDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> OrderedLoader | list[Any]:
-        """The split `val` in its stored order, the same captions every time; nothing where the folder has no such split."""
+        """The split `val` in its stored order, the same captions every time; nothing where there is no such split."""
         if "val" not in self.manifest.splits:
             return []
         rank, world_size = self._rank_and_world_size()

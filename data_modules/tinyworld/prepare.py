@@ -103,7 +103,7 @@ def _is_prepared(data_dir: Path, settings: dict[str, Any]) -> bool:
 
 @contextmanager
 def _sole_preparation(data_dir: Path) -> Iterator[None]:
-    """Hold the folder's lock, and clear what a killed preparation left behind, or refuse a folder that is someone else's.
+    """Hold the folder's lock and clear what a killed preparation left behind, or refuse a folder of another kind.
 
     The lock is the kernel's: it goes with the process that holds it, however that ends.
     """
@@ -144,7 +144,7 @@ def _write_split(folder: Path, split: str, size: int, seed: int, num_workers: in
     # would slow down every DataLoader that comes after.
     start_method = multiprocessing.get_start_method()
     done = multiprocessing.Value("q", 0)
-    # litdata seeds Python's, numpy's and torch's random numbers: a run that prepares must not differ from one that need not.
+    # litdata seeds Python's, numpy's and torch's random numbers: a run that prepares must not differ from another.
     with _progress(f"Drawing TinyWorld, {split}", size, done), isolate_rng():
         optimize(
             _DrawAndCount(seed, SPLITS[split], done),
@@ -167,22 +167,22 @@ class _DrawAndCount:
 
     def __init__(self, seed: int, split: Split, done: "Synchronized[int]") -> None:
         self.seed, self.split, self.done = seed, split, done
+        self.parent = 0  # process id, known at the first call
 
     def __call__(self, index: int) -> dict[str, Any]:
-        _leave_if_orphaned()
+        self._leave_if_orphaned()
         sample = draw(index, self.seed, self.split)
         with self.done.get_lock():
             self.done.value += 1
         return encode_sample(sample.image, sample.captions, sample.metadata, index)
 
-
-def _leave_if_orphaned() -> None:
-    """End this worker, and litdata's helpers below it that would wait for ever, when the preparation was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
-        for helper in multiprocessing.active_children():
-            helper.kill()
-        os._exit(1)
+    def _leave_if_orphaned(self) -> None:
+        """End this worker, and litdata's helpers below it that would wait for ever, when the preparation was killed."""
+        self.parent = self.parent or os.getppid()
+        if os.getppid() != self.parent:
+            for helper in multiprocessing.active_children():
+                helper.kill()
+            os._exit(1)
 
 
 @contextmanager
@@ -239,5 +239,5 @@ def _fit_components(data_dir: Path, settings: dict[str, Any]) -> None:
 
 
 def verify(data_dir: str | Path) -> None:
-    """Compare every file of a prepared folder with its manifest, byte for byte. UserError names the first that differs."""
+    """Compare every file of a prepared folder with its manifest. UserError names the first that differs."""
     verify_files(Path(data_dir), read_manifest(Path(data_dir)), "sha256")

@@ -66,8 +66,8 @@ def test_images_of_other_modes_become_rgb(tmp_path: Path) -> None:
     Image.new("L", (5, 4), 77).save(buffer, "PNG")
     grey = encode_sample(buffer.getvalue(), {"en": {"short": "grey"}}, {}, 0)
     litdata.optimize(
-        lambda _: grey, inputs=[0], output_dir=str(tmp_path / "train"), chunk_size=1, num_workers=1, start_method="fork",
-        verbose=False,
+        lambda _: grey, inputs=[0], output_dir=str(tmp_path / "train"), chunk_size=1, num_workers=1,
+        start_method="fork", verbose=False,
     )  # fmt: skip
     write_manifest(tmp_path, "grey", {"train": 1}, {"en": ["short"]}, {})
     module = data_module(tmp_path, batch_size=1)

@@ -129,7 +129,8 @@ def test_a_run_limited_by_epochs_resumes(uninterrupted: Any, noise_folder: Path,
 def test_a_run_with_validation_resumes(uninterrupted: Any, noise_folder: Path, tmp_path: Path, step: int) -> None:
     """Validation at the end of every epoch, and in the middle of it where asked for."""
     _, expected = uninterrupted(0)
-    for name, options in (("end", {}), ("middle", {"val_check_interval": 2})):
+    intervals: dict[str, Any] = {"end": {}, "middle": {"val_check_interval": 2}}
+    for name, options in intervals.items():
         stopped = tmp_path / name / "stopped"
         assert train(noise_folder, stopped, 0, limit_val_batches=1.0, **options) == expected
         resumed = tmp_path / name / "resumed"

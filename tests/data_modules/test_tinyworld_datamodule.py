@@ -47,6 +47,13 @@ def content(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def descendants(pid: int) -> list[int]:
+    """Process ids below a process, on Linux; elsewhere nothing."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    found = [int(child) for child in children.read_text().split()] if children.exists() else []
+    return found + [below for child in found for below in descendants(child)]
+
+
 def test_batches_hold_what_the_world_draws(folder: Path) -> None:
     module = data_module(folder)
     module.prepare_data()
@@ -105,16 +112,18 @@ def test_any_number_of_workers_writes_the_same_bytes(folder: Path, tmp_path: Pat
 
 
 def test_preparing_changes_nothing_for_the_rest_of_the_program(tmp_path: Path) -> None:
-    """litdata sets a start method, whose default would make every later DataLoader worker spawn, and all random seeds."""
+    """litdata sets all random seeds, and a start method whose default would make later DataLoader workers spawn."""
 
     def state() -> tuple[object, ...]:
         return (
             multiprocessing.get_start_method(),
             random.getstate(),
-            np.random.get_state()[1].tolist(),
+            str(np.random.get_state()),
             torch.get_rng_state().tolist(),
         )
 
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(12345)
     before = state()
     preparation._write_split(tmp_path / "train", "train", 3, SEED, num_workers=1)
     assert state() == before
@@ -155,7 +164,7 @@ def test_a_killed_preparation_is_not_taken_for_a_finished_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tmp_path / "data"
-    many = 20_000
+    many = 500_000  # a few minutes
     process = multiprocessing.get_context("fork").Process(
         target=prepare, args=(data, many, SEED), kwargs={"num_workers": 2}
     )
@@ -164,10 +173,15 @@ def test_a_killed_preparation_is_not_taken_for_a_finished_one(
     while len(list(data.glob(".train-*/*.bin"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert process.pid is not None
+    helpers = descendants(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in helpers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not [pid for pid in helpers if Path(f"/proc/{pid}").exists()], "workers outlived the preparation"
     assert list(data.glob(".train-*/*.bin")) and not (data / "manifest.json").exists()
-    with pytest.raises(UserError, match="has no manifest.json, so its preparation never finished"):
+    with pytest.raises(UserError, match=r"has no manifest\.json, so its preparation never finished"):
         data_module(data).setup("fit")
 
     monkeypatch.setattr(preparation, "_fit_components", lambda *_: None)

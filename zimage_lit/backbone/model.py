@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from zimage_lit.backbone import checkpoints
 from zimage_lit.backbone.attention import packed_attention
 from zimage_lit.backbone.config import S3DiTConfig
+from zimage_lit.backbone.norm import RMSNorm
 from zimage_lit.backbone.packing import Packing, Segments, pack
-from zimage_lit.backbone.rope import rotate, rotation_tables, rotations
+from zimage_lit.backbone.rope import rotation_tables, rotations
 from zimage_lit.errors import UserError
 
 
@@ -33,7 +34,7 @@ class S3DiT(nn.Module):
         self.context_refiner = nn.ModuleList(Block(config, modulated=False) for _ in range(config.n_refiner_layers))
         self.t_embedder = TimestepEmbedder(config.modulation_dim, config.t_scale)
         self.cap_embedder = nn.Sequential(
-            nn.RMSNorm(config.cap_feat_dim, eps=config.norm_eps), nn.Linear(config.cap_feat_dim, config.dim)
+            RMSNorm(config.cap_feat_dim, config.norm_eps), nn.Linear(config.cap_feat_dim, config.dim)
         )
         self.x_pad_token = nn.Parameter(torch.empty(1, config.dim))
         self.cap_pad_token = nn.Parameter(torch.empty(1, config.dim))
@@ -48,7 +49,7 @@ class S3DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.RMSNorm):
+            elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
         for layer in self.all_final_layer.values():
             nn.init.zeros_(layer.linear.weight)
@@ -167,10 +168,10 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
-        self.attention_norm1 = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention_norm2 = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn_norm1 = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn_norm2 = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm1 = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm2 = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm1 = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm2 = RMSNorm(config.dim, config.norm_eps)
         if modulated:
             self.adaLN_modulation = nn.Sequential(nn.Linear(config.modulation_dim, 4 * config.dim))
 
@@ -181,9 +182,9 @@ class Block(nn.Module):
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
         modulation = self.adaLN_modulation(conditioning)[segments.sample_of_chunk].unsqueeze(1)
         attention_scale, attention_gate, ffn_scale, ffn_gate = modulation.chunk(4, dim=-1)
-        attended = self.attention(self.attention_norm1(x) * (1 + attention_scale), segments, rotation)
-        x = x + attention_gate.tanh() * self.attention_norm2(attended)
-        return x + ffn_gate.tanh() * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * (1 + ffn_scale)))
+        attended = self.attention(self.attention_norm1(x, 1 + attention_scale), segments, rotation)
+        x = x + self.attention_norm2(attended, attention_gate.tanh())
+        return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x, 1 + ffn_scale)), ffn_gate.tanh())
 
 
 class Attention(nn.Module):
@@ -196,15 +197,14 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(config.dim, config.dim, bias=False)
         self.to_v = nn.Linear(config.dim, config.dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(config.dim, config.dim, bias=False)])
-        self.norm_q = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.norm_k = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.norm_q = RMSNorm(config.head_dim, config.norm_eps)
+        self.norm_k = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, segments: Segments, rotation: Tensor) -> Tensor:
         query, key, value = (
             to(x).flatten(0, 1).unflatten(-1, (self.n_heads, -1)) for to in (self.to_q, self.to_k, self.to_v)
         )
-        query = rotate(self.norm_q(query), rotation).to(value.dtype)
-        key = rotate(self.norm_k(key), rotation).to(value.dtype)
+        query, key = self.norm_q(query, rotation=rotation), self.norm_k(key, rotation=rotation)
         attended = packed_attention(query, key, value, segments)
         return self.to_out[0](attended.flatten(-2).view_as(x))
 

@@ -31,3 +31,9 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn the pairs (2i, 2i+1) of x (T, heads, head_dim) by rotation (T, head_dim / 2), in float32."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).to(x.dtype)
+
+
+def rotate_(x: Tensor, rotation: Tensor) -> Tensor:
+    """`rotate` in place, for a contiguous float32 x."""
+    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(rotation[:, None])
+    return x

@@ -1,0 +1,56 @@
+"""RMS norm, with what follows it in the block folded in: a factor per sample, or the rotation of queries and keys.
+
+On a GPU torch's fused kernel does the norm. On a CPU torch composes it of a dozen passes over memory and keeps most of
+their results for the backward; the autograd function here takes half the passes and keeps only its input.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zimage_lit.backbone.rope import rotate, rotate_
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; the mean square is taken in float32, as in the reference."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, factor: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
+        """x (…, dim) -> the same, times `factor` (broadcast) if given, then turned by `rotation` (T, dim / 2) if given."""
+        weight = self.weight if factor is None else self.weight * factor
+        if x.device.type == "cpu":
+            return _ScaledRMSNorm.apply(x, weight, self.eps, rotation)
+        normalised = F.rms_norm(x, x.shape[-1:], eps=self.eps) * weight.to(x.dtype)
+        return normalised if rotation is None else rotate(normalised, rotation)
+
+
+class _ScaledRMSNorm(torch.autograd.Function):
+    """The same by hand, in float32 and rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, rotation: Tensor | None) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        inverse_rms = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse_rms, rotation)
+        scaled = (x * inverse_rms).mul_(weight)
+        return (scaled if rotation is None else rotate_(scaled, rotation)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, inverse_rms, rotation = ctx.saved_tensors
+        if rotation is not None:
+            turned = gradient.to(inverse_rms.dtype, copy=True, memory_format=torch.contiguous_format)
+            gradient = rotate_(turned, rotation.conj())
+        normalised = x * inverse_rms
+        product = gradient * normalised
+        weight_gradient = product.sum_to_size(weight.shape).to(weight.dtype)
+        along = product.mul_(weight).mean(dim=-1, keepdim=True).neg_()
+        x_gradient = torch.addcmul((gradient * weight).to(inverse_rms.dtype), normalised, along).mul_(inverse_rms)
+        return x_gradient.to(x.dtype), weight_gradient, None, None
