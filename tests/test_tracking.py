@@ -84,8 +84,12 @@ def test_all_that_is_logged_arrives(make: Callable[..., ResilientMLFlowLogger], 
     stored = json.loads(Path(client.download_artifacts(run_id, "eval/scores.json", str(tmp_path))).read_text())
     assert stored["columns"] == ["prompt", "score", "image"]
     assert [row[:2] for row in stored["data"]] == [["a cat", 0.5], ["一只猫", None]]
-    picture = client.download_artifacts(run_id, stored["data"][1][2]["filepath"], str(tmp_path))
-    assert np.array_equal(np.asarray(Image.open(picture)), red)
+    picture = stored["data"][1][2]
+    whole, small = (
+        Image.open(client.download_artifacts(run_id, picture[key], str(tmp_path)))
+        for key in ("filepath", "compressed_filepath")
+    )
+    assert np.array_equal(np.asarray(whole), red) and small.size == (256, 150)
     assert not any((tmp_path / "run" / "mlflow_spool" / run_id / "files").iterdir()), "sent files are not kept twice"
 
 

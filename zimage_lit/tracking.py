@@ -210,9 +210,7 @@ class ResilientMLFlowLogger(MLFlowLogger):
         key = allowed(key)
         first = f"{key.replace('/', '~')}+step+{step}+timestamp+{now()}+{uuid.uuid4()}"
         name = self._logged.setdefault((f"image {key}", step), first)
-        thumbnail = picture.resize([max(1, round(side * THUMBNAIL / max(picture.size))) for side in picture.size])
-        contents = {".png": encoded(picture, "PNG"), "+compressed.webp": encoded(thumbnail, "WEBP")}
-        files = {f"images/{name}{ending}": content for ending, content in contents.items()}
+        files = {f"images/{name}.png": encoded(picture, "PNG"), f"images/{name}+compressed.webp": small_copy(picture)}
         self._keep({"kind": "image", "key": key, "step": step, "name": name}, files)
 
     @rank_zero_only
@@ -384,12 +382,18 @@ def encoded(picture: Image.Image, form: str) -> bytes:
     return buffer.getvalue()
 
 
+def small_copy(picture: Image.Image) -> bytes:
+    """What the UI shows in place of the picture: WebP of THUMBNAIL pixels, to which smaller pictures are enlarged."""
+    size = [max(1, round(side * THUMBNAIL / max(picture.size))) for side in picture.size]
+    return encoded(picture.resize((size[0], size[1])), "WEBP")
+
+
 def table_cell(cell: Any, artifact_path: str, files: dict[str, bytes]) -> Any:
     """The JSON of one cell; the content of a picture is added to `files`."""
     if isinstance(cell, Image.Image):
-        path = f"table_images/{artifact_path.removesuffix('.json')}/{uuid.uuid4()}.png"
-        files[path] = encoded(cell, "PNG")
-        return {"type": "image", "filepath": path, "compressed_filepath": path}
+        stem = f"table_images/{artifact_path.removesuffix('.json')}/{uuid.uuid4()}"
+        files |= {f"{stem}.png": encoded(cell, "PNG"), f"{stem}.webp": small_copy(cell)}
+        return {"type": "image", "filepath": f"{stem}.png", "compressed_filepath": f"{stem}.webp"}
     if isinstance(cell, np.generic):
         cell = cell.item()
     return None if isinstance(cell, float) and not math.isfinite(cell) else cell  # JSON knows no NaN

@@ -27,7 +27,7 @@ from litdata import optimize
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_modules.manifest import MANIFEST, read_manifest, verify_files, write_manifest
+from data_modules.manifest import MANIFEST, read_manifest, write_manifest
 from data_modules.streaming import encode_sample
 from data_modules.tinyworld.captions import KINDS, LANGUAGES
 from data_modules.tinyworld.combinations import Split
@@ -236,8 +236,3 @@ def _fit_components(data_dir: Path, settings: dict[str, Any]) -> None:
     PatchPCACodec.fit(images.float() / 127.5 - 1, data_dir / "codec")
     texts = [text for sample in samples for kinds in sample.captions.values() for text in kinds.values()]
     build_tiny_qwen3(data_dir / "text_encoder", sorted(set(texts)), seed=settings["seed"])
-
-
-def verify(data_dir: str | Path) -> None:
-    """Compare every file of a prepared folder with its manifest. UserError names the first that differs."""
-    verify_files(Path(data_dir), read_manifest(Path(data_dir)), "sha256")

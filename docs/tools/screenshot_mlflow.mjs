@@ -9,7 +9,7 @@ const offline = ["--no-first-run", "--disable-background-networking", "--disable
 const browser = await chromium.launchPersistentContext(mkdtempSync(`${tmpdir()}/chromium-`), {
   executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
   args: ["--no-sandbox", "--disable-gpu", ...offline],
-  viewport: { width: 1600, height: 1200 },
+  viewport: { width: 1600, height: 1700 }, // cards out of sight are not drawn
 });
 const page = await browser.newPage();
 await page.goto(address);
@@ -18,16 +18,19 @@ await page.getByLabel("Toggle sidebar").click();
 const images = page.locator("img[src*='get-artifact']");
 await images.first().waitFor({ timeout: 60_000 });
 
-// a card as narrow as the page makes it shows one run above the other: drag the first card wider and higher, the others follow
-const corner = await page.getByTestId("draggable-card-resize-handle").first().boundingBox();
+// a card as narrow as the page makes it shows one run above the other: drag the first wider and higher, the others follow
+const cards = page.locator(".react-resizable", { hasText: "samples/" });
+const corner = await cards.first().getByTestId("draggable-card-resize-handle").boundingBox();
 await page.mouse.move(corner.x + 8, corner.y + 8);
 await page.mouse.down();
 await page.mouse.move(corner.x + 300, corner.y + 88, { steps: 10 });
 await page.mouse.up();
+await page.waitForTimeout(2000);
 
 // the step sliders stand at 0: click their right ends
-for (const track of await page.locator(".TRACK").all()) {
-  await track.click({ position: { x: (await track.boundingBox()).width - 1, y: 1 }, force: true });
+for (const card of await cards.all()) {
+  const track = await card.locator(".TRACK").boundingBox();
+  await page.mouse.click(track.x + track.width - 1, track.y + track.height / 2);
 }
 await page.waitForTimeout(5000); // pictures and curves come after their cards
 console.log(`${await images.count()} sample images on the page`);

@@ -1,0 +1,187 @@
+"""The flow-matching stage against a twin written out by hand, and its settings."""
+
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+
+from data_modules.tinyworld.world import draw
+from zimage_lit.backbone import S3DiT, S3DiTConfig
+from zimage_lit.callbacks.ema import EMA
+from zimage_lit.components import PatchPCACodec, Qwen3TextEncoder, build_tiny_qwen3
+from zimage_lit.errors import UserError
+from zimage_lit.objectives import TimestepLaw
+from zimage_lit.rng import generator
+from zimage_lit.stages import FlowMatchingModule
+from zimage_lit.stages.initial_weights import build_backbone
+from zimage_lit.stages.optimizers import OptimizerSettings, build_optimizer, learning_rate_factor
+
+CONFIG = S3DiTConfig(
+    dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=64,
+    axes_dims=[8, 12, 12], axes_lens=[1536, 64, 64], pad_multiple=8,
+)  # fmt: skip
+SAMPLES = [draw(index) for index in range(8)]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    captions = [text for sample in SAMPLES for kinds in sample.captions.values() for text in kinds.values()]
+    build_tiny_qwen3(folder / "text_encoder", captions, hidden_size=64)
+    images = torch.stack([torch.from_numpy(draw(i).image).permute(2, 0, 1) for i in range(200)])
+    PatchPCACodec.fit(images.float() / 127.5 - 1, folder / "codec")
+    return folder
+
+
+def stage(parts: Path, **settings) -> FlowMatchingModule:
+    module = FlowMatchingModule(
+        Qwen3TextEncoder(parts / "text_encoder"), PatchPCACodec(parts / "codec"), backbone=CONFIG, **settings
+    )
+    module.configure_model()
+    return module
+
+
+@pytest.fixture
+def batch():
+    return {
+        "images": [torch.from_numpy(sample.image).permute(2, 0, 1).contiguous() for sample in SAMPLES],
+        "captions": [sample.captions["en"]["short"] for sample in SAMPLES],
+    }
+
+
+def test_loss_equals_the_formula_written_out_sample_by_sample(parts, batch):
+    module = stage(parts, caption_dropout=0.5, timesteps=TimestepLaw(mean=0.3, std=0.8), seed=5)
+    with torch.no_grad():
+        for parameter in module.backbone.parameters():  # fresh gates are zero: let every part speak
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    losses = module.losses(batch, "train", step=7)
+
+    dropped = torch.rand(8, generator=generator(5, "train/caption_dropout", 7)) < 0.5
+    assert 0 < dropped.sum() < 8
+    t = torch.sigmoid(-(0.3 + 0.8 * torch.randn(8, generator=generator(5, "train/timesteps", 7))))
+    noise_source = generator(5, "train/noise", 7)
+    for i in range(8):
+        clean = module.codec.encode(batch["images"][i][None].float() / 127.5 - 1)[0]
+        noise = torch.randn(clean.shape, generator=noise_source)
+        caption = module.text_encoder.encode(["" if dropped[i] else batch["captions"][i]])
+        noisy = t[i] * clean + (1 - t[i]) * noise
+        (velocity,) = module.backbone([noisy], t[i : i + 1], caption)
+        torch.testing.assert_close(losses[i], (velocity - (clean - noise)).square().mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_randomness_depends_on_seed_and_step_alone(parts, batch):
+    module = stage(parts, seed=1)
+    first = module.losses(batch, "train", 3)
+    torch.manual_seed(123)
+    assert torch.equal(first, module.losses(batch, "train", 3))
+    assert not torch.equal(first, module.losses(batch, "train", 4))
+    assert not torch.equal(first, stage(parts, seed=2).losses(batch, "train", 3))
+    assert torch.equal(module.losses(batch, "val", 0), module.losses(batch, "val", 0))
+
+
+def test_pictures_of_different_sizes_train_in_one_step(parts, batch):
+    batch["images"][2] = batch["images"][2].repeat(1, 2, 1)
+    batch["images"][5] = batch["images"][5][:, :32, :48].contiguous()
+    module = stage(parts)
+    latents = module.encode_images(batch["images"])
+    assert [tuple(x.shape) for x in latents][2:6] == [(16, 16, 8), (16, 8, 8), (16, 8, 8), (16, 4, 6)]
+    assert torch.equal(latents[3], module.codec.encode(batch["images"][3][None].float() / 127.5 - 1)[0])
+    assert module.losses(batch, "train", 0).shape == (8,)
+
+
+def fit(module, batch, steps: int, folder: Path, **settings) -> lightning.Trainer:
+    trainer = lightning.Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, **settings,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader([batch] * steps, batch_size=None))
+    return trainer
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_golden_losses(parts, batch, precision, tmp_path):
+    """Catches silent drift of network, objective, law, dropout or optimiser; regenerate by printing `losses`."""
+    losses = []
+    module = stage(parts, optimizer=OptimizerSettings(lr=3e-3, decay="linear"), seed=0)
+    original = module.training_step
+    module.training_step = lambda *a: losses.append(original(*a)) or losses[-1]
+    fit(module, batch, 40, tmp_path, precision=precision, gradient_clip_val=1.0)
+    seen = [sum(losses[i : i + 10]).item() / 10 for i in range(0, 40, 10)]
+    assert seen == pytest.approx(GOLDEN, rel=1e-3 if precision == "32-true" else 3e-2)
+    assert seen[-1] < 0.8 * seen[0]
+
+
+GOLDEN = [1.4933858, 1.2815777, 1.1731151, 1.1174565]
+
+
+def test_gradients_are_clipped_and_the_norm_is_logged(parts, batch, tmp_path):
+    module = stage(parts)
+    trainer = fit(module, batch, 1, tmp_path, gradient_clip_val=1e-3)
+    total = torch.stack([p.grad.norm() for p in module.backbone.parameters() if p.grad is not None]).norm()
+    assert trainer.callback_metrics["train/gradient_norm"] > 1e-2
+    assert total == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_adamw_decays_matrices_only(parts):
+    module = stage(parts)
+    matrices, others = build_optimizer(module.backbone, OptimizerSettings(weight_decay=0.1)).param_groups
+    assert matrices["weight_decay"] == 0.1 and others["weight_decay"] == 0
+    names = {id(p): name for name, p in module.backbone.named_parameters()}
+    undecayed = {names[id(p)] for p in others["params"]}
+    assert {"x_pad_token", "cap_pad_token", "layers.0.attention_norm1.weight", "t_embedder.mlp.0.bias"} <= undecayed
+    assert "layers.0.attention.to_q.weight" not in undecayed
+    assert len(matrices["params"]) + len(others["params"]) == len(names)
+
+
+def test_learning_rate_shapes():
+    linear = OptimizerSettings(warmup_steps=4, decay="linear")
+    assert [learning_rate_factor(s, 12, linear) for s in (0, 3, 4, 8, 12)] == pytest.approx([0.2, 0.8, 1, 0.5, 0])
+    cosine = OptimizerSettings(decay="cosine")
+    assert [learning_rate_factor(s, 10, cosine) for s in (0, 5, 10)] == pytest.approx([1, 0.5, 0])
+    assert learning_rate_factor(99, 10, OptimizerSettings()) == 1
+
+
+def test_fresh_weights_depend_on_the_seed_and_leave_the_global_generator_alone():
+    state = torch.random.get_rng_state()
+    first, again, other = (build_backbone(CONFIG, None, seed) for seed in (3, 3, 4))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.layers[0].attention.to_q.weight, other.layers[0].attention.to_q.weight)
+
+
+def test_init_from_a_folder_and_from_a_checkpoint(parts, batch, tmp_path):
+    module = stage(parts)
+    module.backbone.save_pretrained(tmp_path / "exported")
+    loaded = build_backbone(CONFIG, str(tmp_path / "exported"), seed=9)
+    assert all(torch.equal(a, b) for a, b in zip(module.backbone.parameters(), loaded.parameters(), strict=True))
+
+    ema = EMA(decay=0.5)
+    trainer = fit(module, batch, 3, tmp_path, callbacks=[ema])
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = build_backbone(CONFIG, str(tmp_path / "run.ckpt"), seed=9)
+    assert all(torch.equal(ema.average[name], weight) for name, weight in loaded.state_dict().items())
+
+
+def test_init_from_says_what_is_wrong(tmp_path, parts, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint"):
+        build_backbone(CONFIG, str(tmp_path / "absent.ckpt"), 0)
+    (tmp_path / "torn.ckpt").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="torn.ckpt cannot be read"):
+        build_backbone(CONFIG, str(tmp_path / "torn.ckpt"), 0)
+    with pytest.raises(UserError, match="does not know this run"):
+        build_backbone(CONFIG, "run:0123456789abcdef0123456789abcdef", 0)
+    stage(parts).backbone.save_pretrained(tmp_path / "other")
+    wider = S3DiTConfig(**{**vars(CONFIG), "n_layers": 3})
+    with pytest.raises(UserError, match="n_layers"):
+        build_backbone(wider, str(tmp_path / "other"), 0)
+    torch.save({"state_dict": {f"backbone.{n}": w for n, w in stage(parts).backbone.state_dict().items()}}, tmp_path / "s.ckpt")
+    with pytest.raises(UserError, match=r"layers\.2\."):
+        build_backbone(wider, str(tmp_path / "s.ckpt"), 0)
+    assert isinstance(build_backbone(CONFIG, str(tmp_path / "s.ckpt"), 0), S3DiT)
+
+
+def test_a_caption_dropout_outside_its_range_is_refused(parts):
+    with pytest.raises(UserError, match="caption_dropout"):
+        stage(parts, caption_dropout=1.5)

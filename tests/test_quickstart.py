@@ -1,0 +1,114 @@
+"""The quickstart itself, made small: everything that the README promises is really there afterwards."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_modules.tinyworld.verifier import judge
+from data_modules.tinyworld.world import draw, heldout_prompts
+from zimage_lit import cli
+from zimage_lit.callbacks.tinyworld_score import summarise
+from zimage_lit.grids import labelled_grid
+
+SMALL = [
+    "trainer.max_steps=6",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=2",
+    "trainer.enable_progress_bar=false",
+    "trainer.callbacks.samples.init_args.every_n_steps=3",
+    "trainer.callbacks.samples.init_args.sampling.num_inference_steps=2",
+    "trainer.callbacks.score.init_args.prompts_per_task=2",
+    "trainer.callbacks.report.init_args.every_n_steps=2",
+    "data.init_args.num_samples=64",
+    "data.init_args.num_val_samples=8",
+    "data.init_args.batch_size=8",
+]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert cli.main(["run", "quickstart", *SMALL]) == 0
+    return folder
+
+
+def test_report_is_one_file_with_grids_scores_curve_and_settings(run_folder):
+    page = (run_folder / "outputs/quickstart/report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4  # three grids and the curve
+    assert not re.search(r"(src|href)='(?!data:)", page)  # nothing to fetch
+    for words in ("step 0", "step 6", "overall", "counting", "position", "[0.", "max_steps: 6"):
+        assert words in page
+
+
+def test_samples_start_at_step_zero_with_one_picture_a_prompt(run_folder):
+    grids = sorted((run_folder / "outputs/quickstart/samples").glob("*.png"))
+    assert [path.stem for path in grids] == ["step-00000000", "step-00000003", "step-00000006"]
+    assert Image.open(grids[0]).size == Image.open(grids[2]).size
+
+
+def test_scores_count_what_the_records_say(run_folder):
+    files = sorted((run_folder / "outputs/quickstart/scores").glob("*.json"))
+    assert [path.stem for path in files] == ["step-00000000", "step-00000006"]
+    scored = json.loads(files[-1].read_text())
+    assert len(scored["records"]) == 14
+    for task, score in scored["tasks"].items():
+        verdicts = [record["correct"] for record in scored["records"] if record["metadata"]["tag"] == task]
+        assert score["n"] == len(verdicts) == 2 and score["accuracy"] == sum(verdicts) / 2
+    six = [score["accuracy"] for task, score in scored["tasks"].items() if task != "word"]
+    assert len(six) == 6 and scored["overall"]["accuracy"] == pytest.approx(sum(six) / 6)
+
+
+def test_generate_draws_from_the_exported_pipeline(run_folder, monkeypatch):
+    monkeypatch.chdir(run_folder)
+    words = ["checkpoint=outputs/quickstart/pipeline", "prompts=a photo of a red circle", "output=pictures"]
+    assert cli.main(["run", "generate", *words]) == 0
+    pictures = [path for path in Path("pictures").rglob("*.png") if "grid" not in path.name]
+    assert len(pictures) == 1 and Image.open(pictures[0]).size == (64, 64)
+
+
+def test_everything_is_in_the_mlflow_store(run_folder):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{run_folder}/outputs/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "zimage-lit"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED" and run.info.run_name == "quickstart"
+    assert {"train/loss", "train/gradient_norm", "tinyworld/overall", "tinyworld/counting"} <= run.data.metrics.keys()
+    assert {"output_dir", "torch", "device"} <= run.data.tags.keys()
+    assert run.inputs.dataset_inputs[0].dataset.name
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "tinyworld/overall")]
+    assert steps == [0, 6]
+    images = [file.path for file in client.list_artifacts(run.info.run_id, "images")]
+    assert len([path for path in images if "prompt_00" in path and path.endswith(".png")]) == 3
+    assert {"config", "scores", "report.html"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+def test_a_finished_run_is_not_run_again(run_folder, monkeypatch, capsys):
+    monkeypatch.chdir(run_folder)
+    assert cli.main(["run", "quickstart", *SMALL]) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_summary_of_real_renders_is_right_and_of_contradicting_ones_wrong():
+    """Ground truth through the whole scoring path: true pictures score 1, pictures of another prompt do not."""
+    samples = [draw(i, split="heldout", task=m["tag"]) for i, m in enumerate(heldout_prompts(3))]
+    summary, verdicts = summarise([judge(sample.image, sample.metadata) for sample in samples], step=0)
+    assert summary["overall"]["accuracy"] == 1 and summary["tasks"]["word"]["accuracy"] == 1
+    assert all(verdict["correct"] for verdict in verdicts)
+    blank = np.full((64, 64, 3), 128, dtype=np.uint8)
+    summary, verdicts = summarise([judge(blank, sample.metadata) for sample in samples], step=0)
+    assert summary["overall"]["accuracy"] == 0 and summary["tasks"]["word"]["accuracy"] == 0
+    assert all(verdict["reason"] for verdict in verdicts)
+
+
+def test_grid_shows_every_picture_in_order():
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)]
+    grid = labelled_grid([Image.new("RGB", (8, 8), color) for color in colors], ["a", "b", "c", "d"], columns=3, cell=40)
+    assert [grid.getpixel((8 + 48 * (i % 3) + 20, 8 + (40 + 14 + 8) * (i // 3) + 20)) for i in range(4)] == colors
