@@ -19,10 +19,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ZImageTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig, attention
 
@@ -62,7 +63,7 @@ def compare(options: argparse.Namespace, case: str) -> dict[str, float]:
     """Median ratio of the turns, tokens a second, and the peak memory of each network."""
     ours, theirs = build_ours(options), build_theirs(options)
     theirs.load_state_dict(ours.state_dict())
-    runs = {"ours": ours, "diffusers": as_ours(theirs)}
+    runs: dict[str, Run] = {"ours": ours, "diffusers": as_ours(theirs)}
     seconds: dict[str, list[float]] = {"ours": [], "diffusers": []}
     batches = [draw_batch(options, case, draw) for draw in range(options.draws if case == "mixed" else 1)]
     for batch in batches:
@@ -137,17 +138,18 @@ def build_ours(options: argparse.Namespace) -> S3DiT:
     return model.to(weight_dtype(options))
 
 
-def build_theirs(options: argparse.Namespace) -> ZImageTransformer2DModel:
+def build_theirs(options: argparse.Namespace) -> nn.Module:
     config = {key: value for key, value in vars(sizes(options)).items() if key != "pad_multiple"}
     with torch.device(options.device):
-        return ZImageTransformer2DModel(**config).to(weight_dtype(options))
+        model: Any = ZImageTransformer2DModel(**config)
+    return model.to(weight_dtype(options))
 
 
 def weight_dtype(options: argparse.Namespace) -> torch.dtype:
     return torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
 
 
-def as_ours(model: ZImageTransformer2DModel) -> Run:
+def as_ours(model: nn.Module) -> Run:
     def run(latents: list[Tensor], t: Tensor, captions: list[Tensor]) -> list[Tensor]:
         frames = model([latent.unsqueeze(1) for latent in latents], t, captions, return_dict=False)[0]
         return [frame.squeeze(1) for frame in frames]
@@ -213,9 +215,15 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def attention_kernel(options: argparse.Namespace) -> str:
+    """Which of the ways in `attention.py` these options take."""
+    if options.dtype == "float32" or (options.device == "cuda" and attention.varlen_attn is None):
+        return "scaled_dot_product_attention by runs of equal length"
+    return "varlen_attn" if options.device == "cuda" else "plain products by runs of equal length"
+
+
 def report(options: argparse.Namespace, results: dict[str, dict[str, float]]) -> None:
-    varlen = attention.varlen_attn is not None and options.device == "cuda" and options.dtype != "float32"
-    kernel = "varlen_attn" if varlen else "scaled_dot_product_attention by runs of equal length"
+    kernel = attention_kernel(options)
     print(f"{options.device}, {options.dtype}, dim {options.dim}, {options.layers} layers, {options.heads} heads, "
           f"batch {options.batch}, {options.threads} threads; our attention: {kernel}")  # fmt: skip
     print(f"{'case':8}{'theirs/ours':>14}{'(range)':>16}{'tokens/s ours':>16}{'theirs':>9}{'MiB ours':>11}{'theirs':>9}"

@@ -54,8 +54,9 @@ class Twins:
 
     @classmethod
     def theirs(cls, seed: int = 0, **sizes: Any) -> ZImageTransformer2DModel:
-        """diffusers' network; `cls.randomize` fills it as it fills ours, because the parameters' order is not shared."""
-        return cls.randomize(ZImageTransformer2DModel(**{"axes_lens": [1536, 512, 512], **SMALL, **sizes}), seed)
+        """diffusers' network; its parameters come in another order, so equal seeds are not equal weights."""
+        network: Any = ZImageTransformer2DModel(**{"axes_lens": [1536, 512, 512], **SMALL, **sizes})
+        return cls.randomize(network, seed)
 
     @classmethod
     def both(cls, **sizes: Any) -> tuple[S3DiT, ZImageTransformer2DModel]:

@@ -146,7 +146,7 @@ def full_disk() -> Iterator[None]:
 
 def test_a_full_disk_leaves_the_older_folder_untouched(twins, folder: Path, full_disk: None) -> None:
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(UserError, match="could not save to .*backbone.*unchanged"):
+    with pytest.raises(UserError, match=r"could not save to .*backbone.*unchanged"):
         twins.ours(seed=5).save_pretrained(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert [file.name for file in folder.parent.iterdir()] == ["backbone"]
@@ -161,7 +161,7 @@ def test_a_full_disk_leaves_the_older_comfyui_file_untouched(twins, tmp_path: Pa
 
 def test_saving_onto_a_file_is_refused(twins, tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
-    with pytest.raises(UserError, match="taken.*is a file"):
+    with pytest.raises(UserError, match=r"taken.*is a file"):
         twins.ours().save_pretrained(tmp_path / "taken")
     with pytest.raises(UserError, match="could not save"):
         twins.ours().save_pretrained(tmp_path / "taken" / "below")
@@ -211,7 +211,7 @@ def test_sizes_that_cannot_be_inferred_ask_for_a_config(twins, tmp_path: Path) -
     model = twins.ours()
     file = tmp_path / "z.safetensors"
     save_file(comfyui_weights(model, file), file)
-    with pytest.raises(UserError, match="z.safetensors.*head size 16.*give a config"):
+    with pytest.raises(UserError, match=r"z.safetensors.*head size 16.*give a config"):
         S3DiT.from_pretrained(file)
     assert_same_weights(checkpoints.load_comfyui(S3DiT, file, model.config).state_dict(), model.state_dict())
 
@@ -225,7 +225,7 @@ def test_a_stray_final_norm_is_left_out_aloud(twins, tmp_path: Path) -> None:
     model, file = twins.ours(), tmp_path / "z.safetensors"
     stored = comfyui_weights(model, file)
     save_file({**stored, "model.diffusion_model.norm_final.weight": torch.ones(64)}, file)
-    with pytest.warns(UserWarning, match="z.safetensors.*norm_final.weight.*left out"):
+    with pytest.warns(UserWarning, match=r"z.safetensors.*norm_final.weight.*left out"):
         loaded = checkpoints.load_comfyui(S3DiT, file, model.config)
     assert_same_weights(loaded.state_dict(), model.state_dict())
 
@@ -233,7 +233,7 @@ def test_a_stray_final_norm_is_left_out_aloud(twins, tmp_path: Path) -> None:
 def test_other_parts_in_a_comfyui_file_are_named(twins, tmp_path: Path) -> None:
     model, file = twins.ours(), tmp_path / "z.safetensors"
     save_file({**comfyui_weights(model, file), "vae.decoder.weight": torch.ones(2)}, file)
-    with pytest.raises(UserError, match="1 not part of the network: vae.decoder.weight"):
+    with pytest.raises(UserError, match=r"1 not part of the network: vae.decoder.weight"):
         checkpoints.load_comfyui(S3DiT, file, model.config)
 
 
@@ -241,7 +241,7 @@ def test_a_comfyui_file_with_split_and_fused_weights_is_refused(twins, tmp_path:
     model, file = twins.ours(), tmp_path / "z.safetensors"
     extra = {"model.diffusion_model.layers.0.attention.to_k.weight": torch.zeros(64, 64)}
     save_file({**comfyui_weights(model, file), **extra}, file)
-    with pytest.raises(UserError, match="both.*layers.0.attention.to_k.weight"):
+    with pytest.raises(UserError, match=r"both.*layers.0.attention.to_k.weight"):
         checkpoints.load_comfyui(S3DiT, file, model.config)
 
 
@@ -256,7 +256,7 @@ def test_quantised_weights_are_refused_unless_cast(twins, tmp_path: Path) -> Non
     model, file = twins.ours(), tmp_path / "z.safetensors"
     stored = comfyui_weights(model, file)
     save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in stored.items()}, file)
-    with pytest.raises(UserError, match="F8_E4M3.*dtype"):
+    with pytest.raises(UserError, match=r"F8_E4M3.*dtype"):
         checkpoints.load_comfyui(S3DiT, file, model.config)
     loaded = checkpoints.load_comfyui(S3DiT, file, model.config, dtype=torch.float32)
     expected = model.layers[0].feed_forward.w1.weight.to(torch.float8_e4m3fn).float()
@@ -298,7 +298,7 @@ def test_tensors_that_do_not_fit_are_named(folder: Path, change: dict, message: 
 def test_many_missing_tensors_are_counted(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "n_layers": 3}))
-    with pytest.raises(UserError, match="30 missing: layers.1.*and 26 more") as caught:
+    with pytest.raises(UserError, match=r"30 missing: layers.1.*and 26 more") as caught:
         S3DiT.from_pretrained(folder)
     assert len(str(caught.value)) < 400
 
@@ -356,10 +356,10 @@ def test_damaged_sets_of_shards_are_named(twins, tmp_path: Path) -> None:
     checkpoints.save(model, folder, max_shard_size=200_000)
     shards = sorted(folder.glob("*.safetensors"))
     shards[1].rename(tmp_path / "aside")
-    with pytest.raises(UserError, match=f"1 of {len(shards)} shards missing: {shards[1].name}"):
+    with pytest.raises(UserError, match=rf"1 of {len(shards)} shards missing: {shards[1].name}"):
         S3DiT.from_pretrained(folder)
     save_file({**load_file(tmp_path / "aside"), **load_file(shards[0])}, shards[1])
-    with pytest.raises(UserError, match=f"stored both in .*{shards[0].name} and in {shards[1].name}"):
+    with pytest.raises(UserError, match=rf"stored both in .*{shards[0].name} and in {shards[1].name}"):
         S3DiT.from_pretrained(folder)
     (tmp_path / "aside").rename(shards[1])
     (folder / WEIGHTS).touch()
@@ -367,5 +367,5 @@ def test_damaged_sets_of_shards_are_named(twins, tmp_path: Path) -> None:
         S3DiT.from_pretrained(folder)
     (folder / WEIGHTS).unlink()
     (folder / f"{WEIGHTS}.index.json").write_text("{}")
-    with pytest.raises(UserError, match="index.json: not an index"):
+    with pytest.raises(UserError, match=r"index.json: not an index"):
         S3DiT.from_pretrained(folder)

@@ -68,7 +68,7 @@ def test_presets_build_and_unknown_ones_are_refused() -> None:
     with torch.device("meta"):
         tiny = S3DiT(S3DiTConfig.preset("tiny"))
     assert sum(parameter.numel() for parameter in tiny.parameters()) < 10_000_000
-    with pytest.raises(UserError, match="'huge'.*tiny, z-image-6b"):
+    with pytest.raises(UserError, match=r"'huge'.*tiny, z-image-6b"):
         S3DiTConfig.preset("huge")
 
 

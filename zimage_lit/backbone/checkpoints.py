@@ -119,10 +119,10 @@ def load_comfyui(
 ) -> Model:
     """Read a ComfyUI single file, with or without its key prefix; a file with the published names loads as well.
 
-    config: the sizes; None takes them from the metadata that our own files carry, else from the tensors' shapes, which is possible
-    for the published head size of 128. rope_theta, t_scale, norm_eps and axes_lens leave no trace in shapes and are
-    then the published ones. Raises UserError that names the file, and the tensors at fault; a stray `norm_final.weight`,
-    which the network has no use for, is left out with a warning.
+    config: the sizes; None takes them from the metadata that our own files carry, else from the tensors' shapes, which
+    is possible for the published head size of 128. rope_theta, t_scale, norm_eps and axes_lens leave no trace in shapes
+    and are then the published ones. Raises UserError that names the file, and the tensors at fault; a stray
+    `norm_final.weight`, which the network has no use for, is left out with a warning.
     """
     file = Path(file)
     stored, metadata = _catalogue([file]), _read_metadata(file)
@@ -399,7 +399,7 @@ def _replace_folder(fresh: Path, target: Path) -> None:
 
 
 def _comfyui_name(name: str) -> str:
-    """`all_x_embedder.2-1.weight` -> `x_embedder.weight`, `….attention.norm_q.weight` -> `….attention.q_norm.weight`."""
+    """`all_x_embedder.2-1.bias` -> `x_embedder.bias`, `….attention.norm_q.weight` -> `….attention.q_norm.weight`."""
     for part in ("x_embedder", "final_layer"):
         if name.startswith(f"all_{part}."):
             return f"{part}.{name.split('.', 2)[2]}"
