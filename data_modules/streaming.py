@@ -144,7 +144,7 @@ def read_batches(reader: SampleReader, plan: Iterable[list[Key]], num_workers: i
         reader,
         batch_sampler=plan,
         num_workers=num_workers,
-        collate_fn=_pack,  # type: ignore[arg-type]
+        collate_fn=_pack,
     )
     return map(_unpack, loader)
 

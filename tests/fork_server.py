@@ -10,9 +10,9 @@ import sys
 
 import lightning  # noqa: F401
 import torch  # noqa: F401
+from recorder import LossRecorder  # noqa: F401
 
 import data_modules.tinyworld.datamodule  # noqa: F401
-from recorder import LossRecorder  # noqa: F401
 from zimage_lit import cli, pipeline, stages, tracking, validate  # noqa: F401
 
 

@@ -36,7 +36,11 @@ class ForkServer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         tests = Path(__file__).parent
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
+            "OMP_NUM_THREADS": "1",
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", str(tests / "fork_server.py")],
             cwd=folder,

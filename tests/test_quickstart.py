@@ -110,5 +110,7 @@ def test_summary_of_real_renders_is_right_and_of_contradicting_ones_wrong():
 
 def test_grid_shows_every_picture_in_order():
     colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)]
-    grid = labelled_grid([Image.new("RGB", (8, 8), color) for color in colors], ["a", "b", "c", "d"], columns=3, cell=40)
+    grid = labelled_grid(
+        [Image.new("RGB", (8, 8), color) for color in colors], ["a", "b", "c", "d"], columns=3, cell=40
+    )
     assert [grid.getpixel((8 + 48 * (i % 3) + 20, 8 + (40 + 14 + 8) * (i // 3) + 20)) for i in range(4)] == colors

@@ -261,7 +261,7 @@ def parse_value(text: str, key: str) -> Any:
         return float(stripped.lower().replace(".inf", "inf").replace(".nan", "nan"))
     if stripped[:1] in ("[", "{", "'", '"'):
         try:
-            return OmegaConf.to_container(OmegaConf.create(f"value: {stripped}"), resolve=False)["value"]  # type: ignore
+            return OmegaConf.to_container(OmegaConf.create(f"value: {stripped}"), resolve=False)["value"]  # type: ignore[index, call-overload]
         except (yaml.YAMLError, OmegaConfBaseException):
             raise UserError(f"{key}: {text} is not a complete list, mapping or quoted text") from None
     return text

@@ -29,10 +29,10 @@ from data_modules.tinyworld.combinations import (
 from data_modules.tinyworld.glyphs import BLOCK, LETTER_HEIGHT, PITCH, word_mask
 
 IMAGE_SIZE = 64  # pixels
-OBJECT_SIZES = (16, 18)  # pixels, side of the cell that a shape fills
-LATTICE = 2  # pixels: cells start at multiples of it
+OBJECT_SIZES = (16,)  # pixels, side of the cell that a shape fills
+LATTICE = 8  # pixels: cells start at multiples of it, so a codec of 8-pixel patches sees few kinds of fragments
 GAP = 4  # pixels between two cells, so that blurred shapes stay apart
-MARGIN = 2  # pixels between a cell and the border
+MARGIN = 0  # pixels between a cell and the border
 
 BACKGROUND = 128.0
 COLOR_VALUES: dict[str, tuple[int, int, int]] = {

@@ -49,7 +49,7 @@ def test_patches_run_row_by_row_with_the_channel_fastest(twins) -> None:
 def test_unpatchify_inverts_patchify_in_the_callers_order(twins) -> None:
     model = twins.ours()
     latents, _, captions = twins.batch([(8, 8), (4, 12), (10, 6), (4, 4)], [5, 40, 1, 33])
-    packing = model.plan(latents, captions)
+    packing = model.plan(latents, torch.zeros(len(latents)), captions)
     in_order = [latents[i] for i in packing.order]
     back = model.unpatchify(patchify(in_order, 2), [latent.shape for latent in in_order], packing)
     assert all(torch.equal(a, b) for a, b in zip(back, latents, strict=True))

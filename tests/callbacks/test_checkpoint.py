@@ -53,6 +53,7 @@ def test_resumes_where_it_stopped(tmp_path):
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     """The limit on file sizes makes the very write fail half-way, as a full disk does."""
+
     class Fill(lightning.Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 3:
@@ -60,7 +61,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(UserError, match=r"cannot write a checkpoint .*last good checkpoint is .*last\.ckpt") as error:
+        with pytest.raises(
+            UserError, match=r"cannot write a checkpoint .*last good checkpoint is .*last\.ckpt"
+        ) as error:
             fit(tmp_path, RunCheckpoint(every_n_steps=2), steps=6, extra=[Fill()])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -142,10 +142,10 @@ def test_pca_names_damaged_and_missing_files(broken_pca: Path) -> None:
     with pytest.raises(UserError, match='lacks the tensor "components"'):
         PatchPCACodec(broken_pca).encode(image)
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(UserError, match="model.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         PatchPCACodec(broken_pca).encode(image)
     weights.unlink()
-    with pytest.raises(UserError, match="model.safetensors is missing"):
+    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
         PatchPCACodec(broken_pca).encode(image)
     (broken_pca / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(UserError, match='"AutoencoderKL", but a PatchPCACodec'):
@@ -243,9 +243,9 @@ def test_flux_codec_decodes_in_float32_one_picture_at_a_time(vae_folder: Path, i
 
 def test_flux_codec_names_what_is_wrong(vae_folder: Path, tmp_path: Path) -> None:
     image = torch.zeros(1, 3, 16, 16)
-    with pytest.raises(UserError, match="no folder .*nowhere"):
+    with pytest.raises(UserError, match=r"no folder .*nowhere"):
         FluxVAECodec(tmp_path / "nowhere").encode(image)
-    with pytest.raises(ValueError, match="18x16.*multiples of 4"):
+    with pytest.raises(ValueError, match=r"18x16.*multiples of 4"):
         FluxVAECodec(vae_folder).encode(torch.zeros(1, 3, 16, 18))
     with pytest.raises(ValueError, match="float13"):
         FluxVAECodec(vae_folder, dtype="float13")
@@ -253,13 +253,13 @@ def test_flux_codec_names_what_is_wrong(vae_folder: Path, tmp_path: Path) -> Non
     path = vae_folder / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "encoder.extra": torch.zeros(1)}, path)
-    with pytest.raises(UserError, match='"encoder.extra"'):
+    with pytest.raises(UserError, match=r'"encoder\.extra"'):
         FluxVAECodec(vae_folder).encode(image)
     save_file({**tensors, "decoder.conv_in.bias": torch.zeros(3)}, path)
     with pytest.raises(UserError, match=r'"decoder\.conv_in\.bias" has the shape \(3,\)'):
         FluxVAECodec(vae_folder).encode(image)
     save_file({name: value for name, value in tensors.items() if name != "decoder.conv_in.bias"}, path)
-    with pytest.raises(UserError, match='lacks the tensor "decoder.conv_in.bias"'):
+    with pytest.raises(UserError, match=r'lacks the tensor "decoder\.conv_in\.bias"'):
         FluxVAECodec(vae_folder).encode(image)
 
     config = json.loads((vae_folder / "config.json").read_text())

@@ -54,7 +54,9 @@ def test_loss_equals_the_formula_written_out_sample_by_sample(parts, batch):
     module = stage(parts, caption_dropout=0.5, timesteps=TimestepLaw(mean=0.3, std=0.8), seed=5)
     with torch.no_grad():
         for parameter in module.backbone.parameters():  # fresh gates are zero: let every part speak
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
     losses = module.losses(batch, "train", step=7)
 
     dropped = torch.rand(8, generator=generator(5, "train/caption_dropout", 7)) < 0.5
@@ -168,7 +170,7 @@ def test_init_from_says_what_is_wrong(tmp_path, parts, monkeypatch):
     with pytest.raises(UserError, match="no checkpoint"):
         build_backbone(CONFIG, str(tmp_path / "absent.ckpt"), 0)
     (tmp_path / "torn.ckpt").write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="torn.ckpt cannot be read"):
+    with pytest.raises(UserError, match=r"torn\.ckpt cannot be read"):
         build_backbone(CONFIG, str(tmp_path / "torn.ckpt"), 0)
     with pytest.raises(UserError, match="does not know this run"):
         build_backbone(CONFIG, "run:0123456789abcdef0123456789abcdef", 0)
@@ -176,7 +178,9 @@ def test_init_from_says_what_is_wrong(tmp_path, parts, monkeypatch):
     wider = S3DiTConfig(**{**vars(CONFIG), "n_layers": 3})
     with pytest.raises(UserError, match="n_layers"):
         build_backbone(wider, str(tmp_path / "other"), 0)
-    torch.save({"state_dict": {f"backbone.{n}": w for n, w in stage(parts).backbone.state_dict().items()}}, tmp_path / "s.ckpt")
+    torch.save(
+        {"state_dict": {f"backbone.{n}": w for n, w in stage(parts).backbone.state_dict().items()}}, tmp_path / "s.ckpt"
+    )
     with pytest.raises(UserError, match=r"layers\.2\."):
         build_backbone(wider, str(tmp_path / "s.ckpt"), 0)
     assert isinstance(build_backbone(CONFIG, str(tmp_path / "s.ckpt"), 0), S3DiT)

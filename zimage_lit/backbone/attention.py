@@ -1,5 +1,7 @@
 """Attention over packed samples: one variable-length kernel on a GPU, dense runs of equal length elsewhere."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,14 +11,14 @@ from zimage_lit.backbone.packing import Segments
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch built without it: the dense runs below serve every device
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
     """Full bidirectional attention inside each sample, never across; (T, heads, head_dim) -> the same shape."""
     if varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         boundaries, longest = segments.cumulative, max(segments.lengths)
-        return varlen_attn(query, key, value, boundaries, boundaries, longest, longest)
+        return cast(Tensor, varlen_attn(query, key, value, boundaries, boundaries, longest, longest))
     return attention_by_runs(query, key, value, segments)
 
 

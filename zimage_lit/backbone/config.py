@@ -32,6 +32,11 @@ class S3DiTConfig:
     pad_multiple: int = 32
 
     def __post_init__(self) -> None:
+        sizes = {
+            name: getattr(self, name) for name in ("in_channels", "dim", "n_heads", "cap_feat_dim", "pad_multiple")
+        }
+        if min(sizes.values()) < 1 or min(self.n_layers, self.n_refiner_layers) < 0:
+            raise UserError(f"S3DiTConfig: sizes must be positive, got {sizes}.")
         if self.dim % self.n_heads or sum(self.axes_dims) != self.dim // self.n_heads:
             raise UserError(
                 f"S3DiTConfig: axes_dims {self.axes_dims} must add up to the head size, dim / n_heads = "
@@ -44,7 +49,7 @@ class S3DiTConfig:
         if self.n_kv_heads != self.n_heads or not self.qk_norm:
             raise UserError("S3DiTConfig: the architecture has n_kv_heads == n_heads and qk_norm: true.")
         if self.siglip_feat_dim is not None:
-            raise UserError("S3DiTConfig: siglip_feat_dim must be null, the image-conditioned variant is not supported.")
+            raise UserError("S3DiTConfig: siglip_feat_dim must be null: image conditioning is not supported.")
 
     @classmethod
     def preset(cls, name: str) -> "S3DiTConfig":

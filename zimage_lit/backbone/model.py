@@ -6,6 +6,7 @@ published checkpoint loads as it is. Packed tensors are (chunks, pad_multiple, d
 
 import math
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -43,18 +44,12 @@ class S3DiT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh weights for training from nothing: blocks and output start as zero functions of their gates."""
+        """Fresh weights for training from nothing: torch's own for every part, and small pad tokens."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                module.reset_parameters()
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
-        for layer in self.all_final_layer.values():
-            nn.init.zeros_(layer.linear.weight)
-        for block in [*self.noise_refiner, *self.layers]:
-            nn.init.zeros_(block.adaLN_modulation[0].weight)
         nn.init.normal_(self.x_pad_token, std=0.02)
         nn.init.normal_(self.cap_pad_token, std=0.02)
 
@@ -74,7 +69,7 @@ class S3DiT(nn.Module):
         t: (B,) in [0, 1], 0 = noise, 1 = clean.   captions: B tensors (L_i, cap_feat_dim), L_i >= 1.
         Returns B tensors (C, H_i, W_i) of the latents' dtype: v = clean - noise, in the caller's order.
         """
-        packing = self.plan(latents, captions)
+        packing = self.plan(latents, t, captions)
         tables = rotation_tables(
             tuple(self.config.axes_dims), tuple(self.config.axes_lens), self.config.rope_theta, t.device
         )
@@ -102,9 +97,14 @@ class S3DiT(nn.Module):
         velocities = self.unpatchify(patches, [latents[i].shape for i in order], packing)
         return [velocity.to(latents[0].dtype) for velocity in velocities]
 
-    def plan(self, latents: list[Tensor], captions: list[Tensor]) -> Packing:
+    def plan(self, latents: list[Tensor], t: Tensor, captions: list[Tensor]) -> Packing:
         """Check the shapes of a batch and lay out its tokens."""
         config, patch = self.config, self.config.patch_size
+        if not latents or not len(latents) == len(captions) == len(t) or t.ndim != 1:
+            raise UserError(
+                f"a batch needs as many latents, times and captions, got {len(latents)}, {tuple(t.shape)} and "
+                f"{len(captions)}."
+            )
         for latent, caption in zip(latents, captions, strict=True):
             channels, height, width = latent.shape
             if channels != config.in_channels or height % patch or width % patch:
@@ -244,7 +244,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, 1024), nn.SiLU(), nn.Linear(1024, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoids(t.float() * self.t_scale, 256).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids(t.float() * self.t_scale, 256).to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
 
 def sinusoids(t: Tensor, dim: int) -> Tensor:

@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, factor: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
-        """x (…, dim) -> the same, times `factor` (broadcast) if given, then turned by `rotation` (T, dim / 2) if given."""
+        """x (…, dim), times `factor` (broadcast) if given, then turned by `rotation` (T, dim / 2) if given."""
         weight = self.weight if factor is None else self.weight * factor
         if x.device.type == "cpu":
             return _ScaledRMSNorm.apply(x, weight, self.eps, rotation)
@@ -51,6 +51,6 @@ class _ScaledRMSNorm(torch.autograd.Function):
         normalised = x * inverse_rms
         product = gradient * normalised
         weight_gradient = product.sum_to_size(weight.shape).to(weight.dtype)
-        along = product.mul_(weight).mean(dim=-1, keepdim=True).neg_()
+        along = (product * weight).mean(dim=-1, keepdim=True).neg_()
         x_gradient = torch.addcmul((gradient * weight).to(inverse_rms.dtype), normalised, along).mul_(inverse_rms)
         return x_gradient.to(x.dtype), weight_gradient, None, None

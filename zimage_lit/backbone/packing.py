@@ -65,9 +65,7 @@ def _segments(padded: np.ndarray, positions: np.ndarray, multiple: int, device: 
     )
 
 
-def pack(
-    grids: list[tuple[int, int]], caption_lengths: list[int], pad_multiple: int, device: torch.device
-) -> Packing:
+def pack(grids: list[tuple[int, int]], caption_lengths: list[int], pad_multiple: int, device: torch.device) -> Packing:
     """Plan a batch of samples with token grids (rows, columns) and caption lengths; no loop over tokens.
 
     Positions (caption index, row, column): caption token k sits at (1 + k, 0, 0), pads continue the count; the image

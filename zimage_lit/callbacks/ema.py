@@ -5,12 +5,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from torch import Tensor
 
 
 class EMA(Callback):
     """average <- average + (1 - d) * (weights - average) after every optimiser step; kept in the checkpoint.
+
+    `pl_module` is any LightningModule with a `backbone`.
 
     decay: d in the long run.   warmup: d follows min(decay, (1 + n) / (10 + n)), so early averages forget the start.
     """
@@ -22,7 +24,7 @@ class EMA(Callback):
         self.average: dict[str, Tensor] = {}
         self._last_step = 0
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         weights = pl_module.backbone.state_dict()
         if not self.average:
             self.average = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -30,7 +32,7 @@ class EMA(Callback):
         self._last_step = trainer.global_step
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.global_step == self._last_step:  # gradients are still being accumulated
             return
         self._last_step = trainer.global_step
@@ -40,7 +42,7 @@ class EMA(Callback):
         torch._foreach_lerp_([self.average[name] for name in weights], list(weights.values()), 1 - decay)
 
     @contextmanager
-    def applied(self, pl_module: LightningModule) -> Iterator[None]:
+    def applied(self, pl_module: Any) -> Iterator[None]:
         """Inside, the backbone holds the averaged weights; the trained ones come back afterwards."""
         trained = {name: weight.clone() for name, weight in pl_module.backbone.state_dict().items()}
         pl_module.backbone.load_state_dict(self.average)
@@ -58,9 +60,10 @@ class EMA(Callback):
 
 
 @contextmanager
-def averaged_weights(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+def averaged_weights(trainer: Trainer, pl_module: Any) -> Iterator[None]:
     """The weights that people should see: those of the trainer's EMA callback, or the trained ones without it."""
-    ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+    ema = next((callback for callback in callbacks if isinstance(callback, EMA)), None)
     if ema is None or not ema.average:
         yield
         return

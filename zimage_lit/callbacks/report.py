@@ -15,7 +15,8 @@ from zimage_lit.callbacks.tinyworld_score import TinyWorldScore
 
 matplotlib.use("Agg")
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222}
-img{max-width:100%}table{border-collapse:collapse}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:right}
+img{max-width:100%}table{border-collapse:collapse}
+td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left}pre{background:#f6f6f6;padding:1rem;overflow:auto;font-size:13px}
 figure{margin:1rem 0}figcaption{color:#666}"""
 
@@ -51,7 +52,8 @@ class HTMLReport(Callback):
         rank_zero_info(f"report: {path}")
 
     def page(self, trainer: Trainer, folder: Path) -> str:
-        scores = next((c.history for c in trainer.callbacks if isinstance(c, TinyWorldScore)), [])
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+        scores = next((c.history for c in callbacks if isinstance(c, TinyWorldScore)), [])
         parts = [
             f"<h1>{html.escape(folder.name)}</h1>",
             f"<p>{trainer.global_step} optimiser steps, {parameters(trainer):,} trained parameters.</p>",

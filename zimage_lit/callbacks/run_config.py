@@ -42,6 +42,7 @@ class RunConfig(Callback):
         datamodule = getattr(trainer, "datamodule", None)
         info = datamodule.dataset_info() if datamodule and hasattr(datamodule, "dataset_info") else None
         for logger in trainer.loggers:
+            logger.log_hyperparams(self.config)
             if hasattr(logger, "log_text"):
                 logger.log_text(to_yaml(self.config), "config/config.yaml")
             if hasattr(logger, "log_tags"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -23,8 +24,8 @@ class SamplingSettings:
     batch_size: int = 64  # pictures drawn at once
 
 
-def stage_pipeline(pl_module: LightningModule, settings: SamplingSettings) -> ZImagePipeline:
-    """The stage's parts as a pipeline whose defaults are `settings`."""
+def stage_pipeline(pl_module: Any, settings: SamplingSettings) -> ZImagePipeline:
+    """The parts of a stage (its backbone, text_encoder and codec) as a pipeline whose defaults are `settings`."""
     return ZImagePipeline(
         pl_module.backbone,
         pl_module.text_encoder,
@@ -39,14 +40,16 @@ def stage_pipeline(pl_module: LightningModule, settings: SamplingSettings) -> ZI
 
 @torch.no_grad()
 def draw_pictures(
-    trainer: Trainer, pl_module: LightningModule, settings: SamplingSettings, prompts: Sequence[str], seeds: Sequence[int]
+    trainer: Trainer,
+    pl_module: LightningModule,
+    settings: SamplingSettings,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
 ) -> list[Image.Image]:
     """One picture per prompt with the averaged weights, in the precision of the training."""
     was_training = pl_module.training
     pl_module.eval()
     with averaged_weights(trainer, pl_module), trainer.precision_plugin.forward_context():
-        pictures = stage_pipeline(pl_module, settings)(
-            list(prompts), seed=list(seeds), batch_size=settings.batch_size
-        )
+        pictures = stage_pipeline(pl_module, settings)(list(prompts), seed=list(seeds), batch_size=settings.batch_size)
     pl_module.train(was_training)
     return pictures

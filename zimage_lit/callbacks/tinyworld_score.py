@@ -58,12 +58,16 @@ class TinyWorldScore(Callback):
         texts = [metadata["prompt"] for metadata in self.prompts]
         seeds = [self.seed + place for place in range(len(texts))]
         pictures = draw_pictures(trainer, pl_module, self.sampling, texts, seeds)
-        records = [judge(np.asarray(picture), metadata) for picture, metadata in zip(pictures, self.prompts, strict=True)]
+        records = [
+            judge(np.asarray(picture), metadata) for picture, metadata in zip(pictures, self.prompts, strict=True)
+        ]
         summary, verdicts = summarise(records, step)
         self.history.append(summary)
         folder = Path(trainer.default_root_dir) / "scores"
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**summary, "records": [{**r, **v} for r, v in zip(records, verdicts, strict=True)]}, indent=1)
+        text = json.dumps(
+            {**summary, "records": [{**r, **v} for r, v in zip(records, verdicts, strict=True)]}, indent=1
+        )
         (folder / f"step-{step:08d}.json").write_text(text + "\n", encoding="utf-8")
         self.log_summary(trainer, summary, verdicts, pictures)
 
@@ -75,10 +79,10 @@ class TinyWorldScore(Callback):
         metrics |= {f"tinyworld/{task}": score["accuracy"] for task, score in summary["tasks"].items()}
         table = {
             "prompt": [metadata["prompt"] for metadata in self.prompts],
-            "task": [metadata["tag"] for metadata in self.prompts],
             "correct": [int(verdict["correct"]) for verdict in verdicts],
-            "reason": [verdict["reason"] for verdict in verdicts],
             "image": pictures,
+            "reason": [verdict["reason"] for verdict in verdicts],
+            "task": [metadata["tag"] for metadata in self.prompts],
         }
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)

@@ -25,7 +25,7 @@ class LatentCodec(Protocol):
     """What the stages and the pipeline ask of a codec.
 
     ``encode`` takes images (B, 3, H, W), float in [-1, 1], H and W multiples of ``downsample``, and returns latents
-    (B, channels, H / downsample, W / downsample) float32 of about unit size. ``decode`` goes back and clamps to [-1, 1].
+    (B, channels, H / downsample, W / downsample) float32 of about unit size. ``decode`` goes back, clamped to [-1, 1].
     """
 
     @property

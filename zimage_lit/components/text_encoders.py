@@ -1,6 +1,7 @@
 """Frozen text encoders: prompts in, variable-length lists of token features out.
 
-``Qwen3TextEncoder`` reads a real Qwen3 and the tiny one that ``build_tiny_qwen3`` makes for the embedded data set alike.
+``Qwen3TextEncoder`` reads a real Qwen3 and the tiny one that ``build_tiny_qwen3`` makes for the embedded data set
+alike.
 """
 
 import string
@@ -358,8 +359,8 @@ def _tiny_model(vocabulary: int, hidden_size: int, num_layers: int, seed: int) -
         model = Qwen3Model(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        # Measured on TinyWorld's captions: unit features, 5/6 of their energy says which token it is, the rest what came
-        # before it.
+        # Measured on TinyWorld's captions: unit features, 5/6 of their energy says which token it is, the rest what
+        # came before it.
         for name, weight in sorted(model.named_parameters()):
             if name == "embed_tokens.weight":
                 weight.normal_(std=2 / 3, generator=generator)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig
@@ -19,7 +20,8 @@ from zimage_lit.stages.optimizers import OptimizerSettings, build_optimizer, lea
 class FlowMatchingModule(LightningModule):
     """Teaches the backbone the velocity from noise to latents, given captions.
 
-    backbone: preset name or sizes.   init_from: a checkpoint, an exported folder or `run:<mlflow run id>` to start from.
+    backbone: preset name or sizes.   optimizer, timesteps: None for their defaults.
+    init_from: a checkpoint, an exported folder or `run:<mlflow run id>` to start from.
     caption_dropout: share of captions replaced by the empty one, so that guidance has an unconditional branch.
     """
 
@@ -28,8 +30,8 @@ class FlowMatchingModule(LightningModule):
         text_encoder: TextEncoder,
         codec: LatentCodec,
         backbone: str | S3DiTConfig = "tiny",
-        optimizer: OptimizerSettings = OptimizerSettings(),
-        timesteps: TimestepLaw = TimestepLaw(),
+        optimizer: OptimizerSettings | None = None,
+        timesteps: TimestepLaw | None = None,
         caption_dropout: float = 0.1,
         seed: int = 0,
         init_from: str | None = None,
@@ -40,12 +42,12 @@ class FlowMatchingModule(LightningModule):
         self.text_encoder = text_encoder
         self.codec = codec
         self.config = S3DiTConfig.preset(backbone) if isinstance(backbone, str) else backbone
-        self.optimizer_settings = optimizer
-        self.timesteps = timesteps
+        self.optimizer_settings = optimizer or OptimizerSettings()
+        self.timesteps = timesteps or TimestepLaw()
         self.caption_dropout = caption_dropout
         self.seed = seed
         self.init_from = init_from
-        self.backbone: S3DiT | None = None
+        self.backbone: S3DiT = None  # type: ignore[assignment]  # configure_model makes it, on the trainer's terms
 
     def configure_model(self) -> None:
         if self.backbone is None:
@@ -106,7 +108,7 @@ class FlowMatchingModule(LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), limit)
         self.log("train/gradient_norm", norm)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(self.backbone, self.optimizer_settings)
         total_steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -39,7 +39,9 @@ def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a torn file makes the unpickler raise all kinds, none of which names the file
-        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); is the file whole?") from error
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}); is the file whole?"
+        ) from error
     average = checkpoint.get("callbacks", {}).get("EMA", {}).get("average")
     if average:
         return average

@@ -1,18 +1,21 @@
 """The optimiser and learning-rate schedule of a stage, as plain settings."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass
 class OptimizerSettings:
-    """AdamW with linear warm-up and an optional decay to zero at the end of the run."""
+    """AdamW, or Muon with AdamW, with linear warm-up and an optional decay to zero at the end of the run."""
 
-    lr: float = 1e-4  # peak learning rate
+    name: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all else
+    lr: float = 1e-4  # peak learning rate of AdamW
+    muon_lr: float = 4e-3  # peak learning rate of Muon, on AdamW's scale
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0  # on matrices only; norms, biases and pad tokens never decay
@@ -20,14 +23,60 @@ class OptimizerSettings:
     decay: Literal["constant", "linear", "cosine"] = "constant"  # shape after the warm-up, down to 0 at the last step
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `model`."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The optimiser over the trainable parameters of `model`."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    orthogonalised = [p for name, p in trainable if settings.name == "muon" and is_block_matrix(name, p)]
+    chosen = {id(p) for p in orthogonalised}
+    rest = [p for _, p in trainable if id(p) not in chosen]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1 and len(p) > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1 or len(p) == 1], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim > 1 and len(p) > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1 or len(p) == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
+    adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    if settings.name == "adamw":
+        return adamw
+    muon = torch.optim.Muon(
+        orthogonalised, lr=settings.muon_lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return OptimizerPair(muon, adamw)
+
+
+def is_block_matrix(name: str, parameter: Tensor) -> bool:
+    """Matrices inside the network; the embedders of patches and time and the output layer are left to AdamW."""
+    inside = ("attention.", "feed_forward.", ".adaLN_modulation.", "cap_embedder.")
+    return parameter.ndim == 2 and any(part in name for part in inside) and "all_final_layer" not in name
+
+
+class OptimizerPair(torch.optim.Optimizer):
+    """Two optimisers over different parameters that step, are scheduled and are saved as one."""
+
+    def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> None:
+        self.pair = (first, second)
+        super().__init__([*first.param_groups, *second.param_groups], {})
+        self.share_groups()
+
+    def share_groups(self) -> None:
+        """One list of group dicts for all three, so that a scheduler reaches both optimisers."""
+        self.param_groups = [group for optimizer in self.pair for group in optimizer.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.pair:
+            optimizer.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pair": [optimizer.state_dict() for optimizer in self.pair]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for optimizer, state in zip(self.pair, state_dict["pair"], strict=True):
+            optimizer.load_state_dict(state)
+        self.share_groups()
 
 
 def learning_rate_factor(step: int, total_steps: int, settings: OptimizerSettings) -> float:
