@@ -17,6 +17,9 @@ class Logger:
         self.texts: dict[str, str] = {}
         self.tags: dict[str, str] = {}
 
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        self.hyperparams = params
+
     def log_text(self, text: str, artifact_path: str) -> None:
         self.texts[artifact_path] = text
 
@@ -27,12 +30,13 @@ class Logger:
 def test_settings_and_environment_reach_the_folder_and_the_loggers_that_take_them(tmp_path: Path) -> None:
     logger, config = Logger(), {"run": {"name": "x"}, "trainer": {"max_steps": 1}}
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    trainer: Any = SimpleNamespace(loggers=[object(), logger], strategy=strategy, global_step=0)
+    trainer: Any = SimpleNamespace(loggers=[SimpleNamespace(log_hyperparams=lambda params: None), logger], strategy=strategy, global_step=0)
     callback = RunConfig(str(tmp_path / "run"), config)
     callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
     callback.on_fit_start(trainer, None)  # type: ignore[arg-type]
     assert (tmp_path / "run" / "config.yaml").read_text() == to_yaml(config) == logger.texts["config/config.yaml"]
     assert logger.tags["torch"] == torch.__version__
+    assert logger.hyperparams == config
     assert {"python", "lightning", "platform", "device", "zimage_lit"} <= set(logger.tags)
 
 

@@ -15,7 +15,7 @@ from zimage_lit.objectives import TimestepLaw
 from zimage_lit.rng import generator
 from zimage_lit.stages import FlowMatchingModule
 from zimage_lit.stages.initial_weights import build_backbone
-from zimage_lit.stages.optimizers import OptimizerSettings, build_optimizer, learning_rate_factor
+from zimage_lit.stages.optimizers import OptimizerSettings, build_optimizer, is_block_matrix, learning_rate_factor
 
 CONFIG = S3DiTConfig(
     dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=64,
@@ -134,6 +134,45 @@ def test_adamw_decays_matrices_only(parts):
     assert {"x_pad_token", "cap_pad_token", "layers.0.attention_norm1.weight", "t_embedder.mlp.0.bias"} <= undecayed
     assert "layers.0.attention.to_q.weight" not in undecayed
     assert len(matrices["params"]) + len(others["params"]) == len(names)
+
+
+def test_muon_with_adamw_steps_like_the_two_apart_and_survives_a_checkpoint(parts):
+    """Against torch's own two optimisers on a copy, over a save and load in the middle."""
+    settings = OptimizerSettings(name="muon", lr=1e-2, muon_lr=2e-2, weight_decay=0.01)
+    ours, twin = stage(parts).backbone, stage(parts).backbone
+    optimizer = build_optimizer(ours, settings)
+    split = {True: [], False: []}
+    for name, parameter in twin.named_parameters():
+        split[is_block_matrix(name, parameter)].append(parameter)
+    assert len(split[True]) == 4 * 7  # blocks, matrices each
+    matrices = [p for p in split[False] if p.ndim > 1 and len(p) > 1]
+    vectors = [p for p in split[False] if not (p.ndim > 1 and len(p) > 1)]
+    pair = [
+        torch.optim.Muon(split[True], lr=2e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=1e-2, betas=(0.9, 0.95),
+                          eps=1e-8, weight_decay=0.01, fused=True),
+    ]  # fmt: skip
+    source = torch.Generator().manual_seed(0)
+    for step in range(4):
+        for a, b in zip(ours.parameters(), twin.parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=source)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        for one in pair:
+            one.step()
+        if step == 1:
+            state = optimizer.state_dict()
+            optimizer = build_optimizer(ours, settings)
+            optimizer.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_schedule_reaches_both_optimisers(parts):
+    optimizer = build_optimizer(stage(parts).backbone, OptimizerSettings(name="muon", lr=1.0, muon_lr=2.0))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    optimizer.step()
+    schedule.step()
+    assert [[group["lr"] for group in one.param_groups] for one in optimizer.pair] == [[1.0], [0.5, 0.5]]
 
 
 def test_learning_rate_shapes():

@@ -81,14 +81,14 @@ PRESETS: dict[str, dict] = {
     "z-image-6b": {},
     # TinyWorld on a laptop: the same architecture, small.
     "tiny": {
-        "dim": 192,
-        "n_layers": 6,
+        "dim": 128,
+        "n_layers": 5,
         "n_refiner_layers": 1,
-        "n_heads": 6,
-        "n_kv_heads": 6,
+        "n_heads": 4,
+        "n_kv_heads": 4,
         "cap_feat_dim": 128,
         "axes_dims": [8, 12, 12],
         "axes_lens": [1536, 64, 64],
-        "pad_multiple": 8,
+        "pad_multiple": 4,
     },
 }

@@ -43,9 +43,8 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
 
 
 def is_block_matrix(name: str, parameter: Tensor) -> bool:
-    """Matrices inside the network; the embedders of patches and time and the output layer are left to AdamW."""
-    inside = ("attention.", "feed_forward.", ".adaLN_modulation.", "cap_embedder.")
-    return parameter.ndim == 2 and any(part in name for part in inside) and "all_final_layer" not in name
+    """The projections of attention and feed-forward; embedders, modulation and output layer are left to AdamW."""
+    return parameter.ndim == 2 and (".attention." in name or ".feed_forward." in name)
 
 
 class OptimizerPair(torch.optim.Optimizer):
