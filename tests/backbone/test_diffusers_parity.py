@@ -55,9 +55,9 @@ def test_parity_holds_at_the_published_head_size(twins, batch: str) -> None:
     compare(twins, twins.WIDE, *twins.batch(*BATCHES[batch], features=80))
 
 
-def test_tiny_preset_equals_diffusers_once_that_pads_to_eight(twins, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer_z_image, "SEQ_MULTI_OF", 8)
+def test_tiny_preset_equals_diffusers_once_that_pads_alike(twins, monkeypatch: pytest.MonkeyPatch) -> None:
     config = S3DiTConfig.preset("tiny")
+    monkeypatch.setattr(transformer_z_image, "SEQ_MULTI_OF", config.pad_multiple)
     ours = twins.ours(**vars(config))
     theirs = twins.theirs(**{key: value for key, value in vars(config).items() if key != "pad_multiple"})
     theirs.load_state_dict(ours.state_dict())
