@@ -30,7 +30,7 @@ from data_modules.tinyworld.glyphs import BLOCK, LETTER_HEIGHT, PITCH, word_mask
 
 IMAGE_SIZE = 64  # pixels
 OBJECT_SIZES = (16,)  # pixels, side of the cell that a shape fills
-LATTICE = 8  # pixels: cells start at multiples of it, so a codec of 8-pixel patches sees few kinds of fragments
+LATTICE = 16  # pixels: cells start at multiples of it, four a side, each inside one token of the tiny backbone
 GAP = 4  # pixels between two cells, so that blurred shapes stay apart
 MARGIN = 0  # pixels between a cell and the border
 

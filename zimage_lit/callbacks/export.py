@@ -23,5 +23,4 @@ class PipelineExport(Callback):
         folder = Path(trainer.default_root_dir) / "pipeline"
         with averaged_weights(trainer, pl_module):
             stage_pipeline(pl_module, self.sampling).save_pretrained(folder)
-        pl_module.train()
         rank_zero_info(f"pipeline: {folder}")
