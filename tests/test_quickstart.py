@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,11 @@ from data_modules.tinyworld.verifier import judge
 from data_modules.tinyworld.world import draw, heldout_prompts
 from zimage_lit import cli
 from zimage_lit.callbacks.tinyworld_score import summarise
+from zimage_lit.config import compose
 from zimage_lit.grids import labelled_grid
+from zimage_lit.validate import check_config
+
+README = Path(__file__).parents[1] / "README.md"
 
 SMALL = [
     "trainer.max_steps=6",
@@ -94,6 +99,42 @@ def test_a_finished_run_is_not_run_again(run_folder, monkeypatch, capsys):
     monkeypatch.chdir(run_folder)
     assert cli.main(["run", "quickstart", *SMALL]) == 0
     assert "is finished" in capsys.readouterr().out
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_readme_python_example_runs(run_folder, monkeypatch):
+    monkeypatch.chdir(run_folder)
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    assert Image.open("picture.png").size == (64, 64)
+
+
+def test_readme_experiment_example_is_valid(tmp_path, monkeypatch):
+    (example,) = blocks("yaml")
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/wider.yaml").write_text(example, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    config = compose("wider", ["trainer.accelerator=cpu"])
+    check_config(config)
+    assert cli.build(config).model.config.dim == 256
+
+
+def test_readme_commands_are_understood(monkeypatch, tmp_path, capsys):
+    """Every `lightning run` line of the README, with --print-config or --help so that nothing is trained."""
+    monkeypatch.chdir(tmp_path)
+    lines = [line.split("#")[0].strip() for line in README.read_text(encoding="utf-8").splitlines()]
+    commands = [shlex.split(line)[2:] for line in lines if line.startswith("lightning run ")]
+    assert len(commands) >= 4
+    for words in commands:
+        if words[0] == "generate":
+            words = ["generate", "--help"]
+        elif words[0] != "--list" and "--help" not in words:
+            words = [*words, "--print-config"]
+        assert cli.main(["run", *words]) == 0, words
+    assert "quickstart" in capsys.readouterr().out
 
 
 def test_summary_of_real_renders_is_right_and_of_contradicting_ones_wrong():

@@ -30,7 +30,8 @@ class Logger:
 def test_settings_and_environment_reach_the_folder_and_the_loggers_that_take_them(tmp_path: Path) -> None:
     logger, config = Logger(), {"run": {"name": "x"}, "trainer": {"max_steps": 1}}
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    trainer: Any = SimpleNamespace(loggers=[SimpleNamespace(log_hyperparams=lambda params: None), logger], strategy=strategy, global_step=0)
+    plain = SimpleNamespace(log_hyperparams=lambda params: None)  # a logger that keeps neither texts nor tags
+    trainer: Any = SimpleNamespace(loggers=[plain, logger], strategy=strategy, global_step=0)
     callback = RunConfig(str(tmp_path / "run"), config)
     callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
     callback.on_fit_start(trainer, None)  # type: ignore[arg-type]

@@ -111,10 +111,10 @@ def test_golden_losses(parts, batch, precision, tmp_path):
     fit(module, batch, 40, tmp_path, precision=precision, gradient_clip_val=1.0)
     seen = [sum(losses[i : i + 10]).item() / 10 for i in range(0, 40, 10)]
     assert seen == pytest.approx(GOLDEN, rel=1e-3 if precision == "32-true" else 3e-2)
-    assert seen[-1] < 0.85 * seen[0]
+    assert seen[-1] < 0.8 * seen[0]
 
 
-GOLDEN = [1.6820358, 1.5195067, 1.4573824, 1.3939811]
+GOLDEN = [1.6447268, 1.3950475, 1.2363965, 1.1349922]
 
 
 def test_gradients_are_clipped_and_the_norm_is_logged(parts, batch, tmp_path):
