@@ -4,6 +4,7 @@ import json
 import resource
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -135,26 +136,31 @@ def test_saved_files_are_readable_for_the_group(folder: Path) -> None:
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {usual}
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """Files cannot grow beyond 20 kB: writing fails in the middle, as on a disk without space."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    """Files cannot grow beyond 20 kB: writing fails in the middle, as on a disk without space.
+
+    Around the call alone, not as a fixture: pytest's own output may be a file, and longer.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_leaves_the_older_folder_untouched(twins, folder: Path, full_disk: None) -> None:
+def test_a_full_disk_leaves_the_older_folder_untouched(twins, folder: Path) -> None:
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(UserError, match=r"could not save to .*backbone.*unchanged"):
+    with full_disk(), pytest.raises(UserError, match=r"could not save to .*backbone.*unchanged"):
         twins.ours(seed=5).save_pretrained(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert [file.name for file in folder.parent.iterdir()] == ["backbone"]
 
 
-def test_a_full_disk_leaves_the_older_comfyui_file_untouched(twins, tmp_path: Path, full_disk: None) -> None:
+def test_a_full_disk_leaves_the_older_comfyui_file_untouched(twins, tmp_path: Path) -> None:
     (tmp_path / "z.safetensors").write_bytes(b"older")
-    with pytest.raises(UserError, match="could not save"):
+    with full_disk(), pytest.raises(UserError, match="could not save"):
         checkpoints.export_comfyui(twins.ours(), tmp_path / "z.safetensors")
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"older"]
 
