@@ -18,8 +18,8 @@ T = TypeVar("T")
 _NUMBERS = {"en": ("no", "one", "two", "three", "four"), "zh": ("零", "一", "两", "三", "四")}
 _PLURALS = {"cross": "crosses"}
 _CHINESE = {
-    "circle": "圆形", "square": "正方形", "triangle": "三角形", "cross": "十字", "ring": "圆环", "moon": "月牙",
-    "red": "红色", "yellow": "黄色", "green": "绿色", "blue": "蓝色", "purple": "紫色", "pink": "粉色", "black": "黑色",
+    "circle": "圆形", "square": "正方形", "diamond": "菱形", "cross": "十字", "ring": "圆环", "moon": "月牙",
+    "red": "红色", "yellow": "黄色", "green": "绿色", "blue": "蓝色", "purple": "紫色", "pink": "粉色",
     "white": "白色", "left of": "左边", "right of": "右边", "above": "上面", "below": "下面",
 }  # fmt: skip
 
@@ -27,19 +27,19 @@ _CHINESE = {
 _TEMPLATES = {
     "en": {
         "short": ("a photo of {0}",),
-        "medium": ("a picture of {0} on a grey background", "{0}, on plain grey", "a simple drawing that shows {0}"),
+        "medium": ("a picture of {0} on a dark background", "{0}, on plain black", "a simple drawing that shows {0}"),
         "long": (
-            "This is a simple picture with a plain grey background. It shows {0}. There is nothing else in it.",
-            "A small, clean drawing of {0} in front of an even grey background, with nothing else in it.",
+            "This is a simple picture with a plain dark background. It shows {0}. There is nothing else in it.",
+            "A small, clean drawing of {0} in front of an even dark background, with nothing else in it.",
         ),
         "user": ("draw {0}", "{0} please", "can you make a picture of {0}?", "i want {0}"),
     },
     "zh": {
         "short": ("一张{0}的照片",),
-        "medium": ("灰色背景上的{0}", "一幅简单的画，画着{0}", "{0}，纯灰色背景"),
+        "medium": ("深色背景上的{0}", "一幅简单的画，画着{0}", "{0}，深色的背景"),
         "long": (
-            "这是一幅简单的画，背景是纯灰色。画面里有{0}。除此之外什么都没有。",
-            "一幅干净的小画：均匀的灰色背景前有{0}，没有别的东西。",
+            "这是一幅简单的画，背景是纯深色。画面里有{0}。除此之外什么都没有。",
+            "一幅干净的小画：均匀的深色背景前有{0}，没有别的东西。",
         ),
         "user": ("画{0}", "请画{0}", "帮我画一张{0}的图", "我想要{0}"),
     },

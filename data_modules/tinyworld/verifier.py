@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from data_modules.tinyworld.combinations import CLASSES, COLORS, Metadata
 from data_modules.tinyworld.glyphs import BLOCK, GLYPHS, LETTER_HEIGHT, LETTER_WIDTH, PITCH, glyph_mask
-from data_modules.tinyworld.world import COLOR_VALUES, INK, OBJECT_SIZES, shape_mask
+from data_modules.tinyworld.world import COLOR_VALUES, INK, OBJECT_SIZE, shape_mask
 
 MIN_AREA = 35  # pixels; the smallest shape covers twice as much, so less is a smudge
 WINDOW = 28  # pixels, side of the square in which an object is compared with the shapes
@@ -159,7 +159,7 @@ def _shape_bank() -> np.ndarray:
     """Every shape at every size and near-centred place: (classes * variants, WINDOW * WINDOW), normalised."""
     bank = []
     for name in CLASSES:
-        for size in range(min(OBJECT_SIZES) - 2, max(OBJECT_SIZES) + 3):
+        for size in range(OBJECT_SIZE - 2, OBJECT_SIZE + 3):
             width = int(np.flatnonzero((shape_mask(name, size) > 0.5).any(axis=0))[[0, -1]].sum()) + 1
             for dy in (-1, 0, 1):
                 for dx in (-1, 0, 1):

@@ -1,11 +1,12 @@
 """TinyWorld: an endless, seeded world of 64x64 pictures with captions and ground truth in GenEval's form.
 
-One to four flat shapes, or one short word, on a plain grey background. `draw` is a pure function of its arguments: no
+One to four flat shapes, or one short word, on a plain dark background. `draw` is a pure function of its arguments: no
 state, no files, the same picture on every machine. What can be said about a picture, and what training never sees,
 stands in combinations.py; the sentences in captions.py; the font in glyphs.py.
 
 The world is made to be learnt in minutes through `PatchPCACodec`: shapes that stay different without their fine detail,
-colours far apart, objects of about one size on even pixels, none touching another.
+colours far apart and all lighter than the background, so that an object of any colour is first of all something bright,
+and a lattice of cells, each one token of the tiny backbone, of which every object fills one, in a quarter of its own.
 """
 
 import random
@@ -29,46 +30,39 @@ from data_modules.tinyworld.combinations import (
 from data_modules.tinyworld.glyphs import BLOCK, LETTER_HEIGHT, PITCH, word_mask
 
 IMAGE_SIZE = 64  # pixels
-OBJECT_SIZES = (16,)  # pixels, side of the cell that a shape fills
-LATTICE = 16  # pixels: cells start at multiples of it, four a side, each inside one token of the tiny backbone
-GAP = 4  # pixels between two cells, so that blurred shapes stay apart
-MARGIN = 0  # pixels between a cell and the border
+CELL = 16  # pixels, side of a lattice cell: four by four cells, each one token of the tiny backbone
+OBJECT_SIZE = 14  # pixels, side of the square that a shape fills, in the middle of its cell
 
-BACKGROUND = 128.0
+BACKGROUND = 24.0
 COLOR_VALUES: dict[str, tuple[int, int, int]] = {
-    "red": (220, 30, 30),
-    "yellow": (240, 220, 30),
-    "green": (20, 170, 50),
-    "blue": (30, 60, 220),
-    "purple": (140, 20, 200),
-    "pink": (250, 130, 190),
-    "black": (15, 15, 15),
+    "red": (250, 70, 60),
+    "yellow": (245, 220, 50),
+    "green": (70, 215, 90),
+    "blue": (70, 110, 250),
+    "purple": (170, 70, 245),
+    "pink": (250, 150, 210),
     "white": (245, 245, 245),
 }
-INK = COLOR_VALUES["black"]  # of words
+INK = COLOR_VALUES["white"]  # of words
 
 # The harder a task, the more of it; words are an extra and stay a small share.
 TASK_WEIGHTS = {
-    "single_object": 0.08,
-    "two_object": 0.14,
-    "counting": 0.24,
-    "colors": 0.10,
+    "single_object": 0.06,
+    "two_object": 0.12,
+    "counting": 0.30,
+    "colors": 0.12,
     "position": 0.22,
     "color_attr": 0.14,
-    "word": 0.08,
+    "word": 0.04,
 }
 
-# A relation holds clearly when the centres are far apart along it and nearly level across it. GenEval asks for much
-# less (centres apart by more than a tenth of both sizes), but then one picture often satisfies two relations.
-MIN_OFFSET = 22  # pixels along the relation
-MAX_TILT = 0.3  # offset across / offset along
 # (x, y) from the reference to the subject
 _DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
 @dataclass(frozen=True)
 class DrawnObject:
-    """One object as drawn: class, colour name, and its cell (x1, y1, x2, y2) in pixels; the shape fills the cell."""
+    """One object as drawn: class, colour name, and the square (x1, y1, x2, y2) in pixels that its shape fills."""
 
     name: str
     color: str
@@ -120,7 +114,7 @@ def heldout_prompts(per_task: int, seed: int = 0, language: str = "en") -> list[
     """`per_task` statements of each task (GenEval's six and "word"), task after task, held-out combinations only.
 
     Each task's held-out statements are shuffled by `seed` and repeated in turn where there are fewer of them than
-    `per_task` (counting has six). "prompt" is in `language`; `single_object` holds nothing out (see combinations.py).
+    `per_task` (counting has three). "prompt" is in `language`; `single_object` holds nothing out (see combinations.py).
     """
     if language not in LANGUAGES:
         raise ValueError(f"TinyWorld speaks {' and '.join(LANGUAGES)}, not {language!r}.")
@@ -143,15 +137,13 @@ def _weighted_task(uniform: float) -> str:
 
 
 def _arrange(metadata: Metadata, rng: random.Random) -> tuple[DrawnObject, ...]:
-    """Colours, sizes and places for the objects of a statement."""
+    """Colours and places for the objects of a statement."""
     include = metadata["include"]
     names = [clause["class"] for clause in include for _ in range(clause["count"])]
     colors = _choose_colors(include, rng)
     if metadata["tag"] == "counting":
         colors = colors * len(names)  # one colour for all: the count, not the palette, is what the sentence says
-    sizes = [pick(rng, OBJECT_SIZES) for _ in names]
-    relation = include[-1].get("position", (None,))[0]
-    boxes = _place(sizes, relation, rng)
+    boxes = _place(len(names), include[-1].get("position", (None,))[0], rng)
     return tuple(DrawnObject(*item) for item in zip(names, colors, boxes, strict=True))
 
 
@@ -169,42 +161,32 @@ def _choose_colors(include: Sequence[Metadata], rng: random.Random) -> list[str]
 _FREE_COLORS = {name: [color for color in COLORS if (name, color) not in HELDOUT_COLORS] for name in CLASSES}
 
 
-def _place(sizes: Sequence[int], relation: str | None, rng: random.Random) -> list[tuple[int, int, int, int]]:
-    """Cells of the given sizes, uniform over the picture among those that keep their distance and the relation."""
-    boxes: list[tuple[int, int, int, int]] = []
-    rejected = 0
-    while len(boxes) < len(sizes):
-        box = _random_cell(sizes[len(boxes)], rng)
-        if all(_apart(box, other) for other in boxes):
-            boxes.append(box)
-        else:
-            rejected += 1
-        wrong = relation is not None and len(boxes) == 2 and not _clearly(boxes[1], relation, boxes[0])
-        if wrong or rejected > 30:  # start over: four large cells can lie so that no fifth place is left
-            boxes, rejected = [], 0
-    return boxes
+def _place(count: int, relation: str | None, rng: random.Random) -> list[tuple[int, int, int, int]]:
+    """Squares in different quarters, uniform over all places where the second stands in `relation` to the first."""
+    side = IMAGE_SIZE // CELL
+    while True:
+        cells = [(int(rng.random() * side), int(rng.random() * side)) for _ in range(count)]
+        quarters = {(2 * column // side, 2 * row // side) for column, row in cells}
+        if len(quarters) == count and (relation is None or _stands(cells[1], relation, cells[0])):
+            inset = (CELL - OBJECT_SIZE) // 2
+            corners = [(CELL * column + inset, CELL * row + inset) for column, row in cells]
+            return [(x, y, x + OBJECT_SIZE, y + OBJECT_SIZE) for x, y in corners]
 
 
-def _random_cell(size: int, rng: random.Random) -> tuple[int, int, int, int]:
-    places = (IMAGE_SIZE - size - 2 * MARGIN) // LATTICE + 1
-    x, y = (MARGIN + LATTICE * int(rng.random() * places) for _ in range(2))
-    return (x, y, x + size, y + size)
+def _stands(subject: tuple[int, int], relation: str, reference: tuple[int, int]) -> bool:
+    """Whether the subject lies clearly on that side: on the other side of the picture's middle, not aslant.
 
-
-def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
-    return a[2] + GAP <= b[0] or b[2] + GAP <= a[0] or a[3] + GAP <= b[1] or b[3] + GAP <= a[1]
-
-
-def _clearly(subject: tuple[int, int, int, int], relation: str, reference: tuple[int, int, int, int]) -> bool:
-    dx = (subject[0] + subject[2] - reference[0] - reference[2]) / 2
-    dy = (subject[1] + subject[3] - reference[1] - reference[3]) / 2
-    x, y = _DIRECTIONS[relation]
-    along, across = dx * x + dy * y, abs(dx * y) + abs(dy * x)
-    return along >= MIN_OFFSET and across <= MAX_TILT * along
+    GenEval asks for less, but then one picture often satisfies two relations.
+    """
+    right, down = _DIRECTIONS[relation]
+    middle = (IMAGE_SIZE // CELL - 1) / 2
+    subject_side, reference_side = ((x - middle) * right + (y - middle) * down for x, y in (subject, reference))
+    across = abs(subject[0] - reference[0]) * abs(down) + abs(subject[1] - reference[1]) * abs(right)
+    return reference_side < 0 < subject_side and 2 * across <= subject_side - reference_side
 
 
 def _canvas(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-    """A plain picture and its colour: near-grey, a little different every time."""
+    """A plain picture and its colour: near-black, a little different every time."""
     level = BACKGROUND + 10 * (rng.random() - 0.5)
     background = np.array([level + 4 * (rng.random() - 0.5) for _ in range(3)], dtype=np.float32)
     canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
@@ -249,8 +231,8 @@ def _inside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         return radius <= 1
     if name == "square":
         return (abs(u) <= 0.93) & (abs(v) <= 0.93)
-    if name == "triangle":
-        return abs(u) <= (v + 1) / 2
+    if name == "diamond":
+        return abs(u) + abs(v) <= 1
     if name == "cross":
         return (abs(u) <= 0.34) | (abs(v) <= 0.34)
     if name == "ring":

@@ -28,7 +28,17 @@ class Logger:
 
 
 def test_settings_and_environment_reach_the_folder_and_the_loggers_that_take_them(tmp_path: Path) -> None:
-    logger, config = Logger(), {"run": {"name": "x"}, "trainer": {"max_steps": 1}}
+    part = {"class_path": "x.Part", "init_args": {"folder": "y"}}
+    logger, config = (
+        Logger(),
+        {
+            "run": {"name": "x"},
+            "seed_everything": 3,
+            "trainer": {"max_steps": 1, "precision": "32-true"},
+            "model": {"class_path": "x.Stage", "init_args": {"codec": part, "optimizer": {"lr": 0.1}, "seed": 3}},
+            "data": {"class_path": "x.Data", "init_args": {"batch_size": 8, "data_dir": "z"}},
+        },
+    )
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     plain = SimpleNamespace(log_hyperparams=lambda params: None)  # a logger that keeps neither texts nor tags
     trainer: Any = SimpleNamespace(loggers=[plain, logger], strategy=strategy, global_step=0)
@@ -37,7 +47,8 @@ def test_settings_and_environment_reach_the_folder_and_the_loggers_that_take_the
     callback.on_fit_start(trainer, None)  # type: ignore[arg-type]
     assert (tmp_path / "run" / "config.yaml").read_text() == to_yaml(config) == logger.texts["config/config.yaml"]
     assert logger.tags["torch"] == torch.__version__
-    assert logger.hyperparams == config
+    compared = {"optimizer": {"lr": 0.1}, "seed": 3, "batch_size": 8, "max_steps": 1}
+    assert logger.hyperparams == compared
     assert {"python", "lightning", "platform", "device", "zimage_lit"} <= set(logger.tags)
 
 

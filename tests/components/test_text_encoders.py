@@ -61,13 +61,19 @@ def test_features_equal_the_published_way(folder: Path) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_template_renders_one_user_message_as_published(folder: Path) -> None:
+def test_the_chat_template_of_the_folder_is_used_as_published(folder: Path, tmp_path: Path) -> None:
+    """One user message, an opened answer, thinking enabled (which adds nothing): Z-Image's call of Qwen3's template."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% if enable_thinking is false %}hush{% endif %}{% endif %}"
+    )
+    shutil.copytree(folder, tmp_path / "chatty")
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    encoder = Qwen3TextEncoder(tmp_path / "chatty")
     for content in ("a red circle", " two\nlines ", "<b>&'\""):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        assert text == f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+        (tokens,) = encoder.tokenize([content])
+        assert tokens == tokenizer(f"<user>{content}<|im_end|><assistant>").input_ids
 
 
 def test_features_do_not_depend_on_batch_mates_or_autocast(folder: Path) -> None:
@@ -116,7 +122,8 @@ def test_reads_a_causal_language_model_in_a_pipeline_folder(folder: Path, tmp_pa
     expected = Qwen3TextEncoder(folder).encode(CAPTIONS)
     for place in (tmp_path, tmp_path / "text_encoder"):
         features = Qwen3TextEncoder(place).encode(CAPTIONS)
-        assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
+        for ours, theirs in zip(features, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)  # other files, other memory alignment
 
 
 def test_weights_stay_as_stored_unless_told_otherwise(folder: Path, copied: Path) -> None:
@@ -129,8 +136,8 @@ def test_weights_stay_as_stored_unless_told_otherwise(folder: Path, copied: Path
 
 
 def test_a_prompt_beyond_512_tokens_is_an_error_or_is_cut_as_published(folder: Path) -> None:
-    longest = " ".join(["red"] * 504)  # the template takes the other eight
-    too_long = " ".join(["red"] * 300 + ["blue"] * 205)
+    longest = " ".join(["red"] * 511)  # the template takes the last one
+    too_long = " ".join(["red"] * 300 + ["blue"] * 212)
     encoder = Qwen3TextEncoder(folder)
     assert encoder.encode([longest])[0].shape == (512, 128)
     with pytest.raises(UserError, match=r'"red red red.*…" has 513 tokens .* at most 512') as caught:
@@ -151,9 +158,9 @@ def test_a_prompt_beyond_512_tokens_is_an_error_or_is_cut_as_published(folder: P
 def test_tiny_qwen3_tells_tokens_and_contexts_apart(folder: Path) -> None:
     first, second = Qwen3TextEncoder(folder).encode(CAPTIONS[:2])
     difference = (first - second).norm(dim=1) / first.norm(dim=1)
-    assert (difference[:7] == 0).all()  # causal: nothing differs before the first different word
-    assert difference[7] > 0.5 and difference[11] > 0.5  # red against blue, blue against red
-    assert (difference[12:] > 0.05).all()  # the same words after them, in another context
+    assert (difference[:4] == 0).all()  # causal: nothing differs before the first different word
+    assert difference[4] > 0.5 and difference[8] > 0.5  # red against blue, blue against red
+    assert (difference[9:] > 0.05).all()  # the same words after them, in another context
     features = torch.cat(Qwen3TextEncoder(folder).encode(CAPTIONS))
     assert features.pow(2).mean().sqrt().item() == pytest.approx(1.0, abs=0.15)
 
@@ -163,7 +170,7 @@ def test_tiny_tokenizer_keeps_words_and_spells_the_rest(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def tokens(prompt: str) -> list[str]:
-        return list(tokenizer.convert_ids_to_tokens(encoder.tokenize([prompt])[0]))[3:-5]
+        return list(tokenizer.convert_ids_to_tokens(encoder.tokenize([prompt])[0]))[:-1]
 
     assert tokens("A red circle") == tokens("a red circle") == ["a", "red", "circle"]
     assert tokens('the word "DOG"') == ["the", "word", '"', "D", "O", "G", '"']
@@ -171,9 +178,7 @@ def test_tiny_tokenizer_keeps_words_and_spells_the_rest(folder: Path) -> None:
     assert tokens("两个红色圆形") == list("两个红色圆形")
     assert tokens("龙 red") == ["[UNK]", "red"]
     assert tokens("") == []
-    assert tokenizer.convert_ids_to_tokens(encoder.tokenize([""])[0]) == [
-        *("<|im_start|>", "user", "\n", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n")
-    ]
+    assert tokenizer.convert_ids_to_tokens(encoder.tokenize([""])[0]) == ["<|im_end|>"]
 
 
 def test_tiny_qwen3_is_a_function_of_its_input(folder: Path, tmp_path: Path) -> None:

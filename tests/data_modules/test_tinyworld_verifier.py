@@ -14,7 +14,7 @@ from data_modules.tinyworld.combinations import (
     statements,
 )
 from data_modules.tinyworld.verifier import detect, judge, read_word
-from data_modules.tinyworld.world import CLASSES, COLOR_VALUES, draw, shape_mask
+from data_modules.tinyworld.world import BACKGROUND, CLASSES, COLOR_VALUES, OBJECT_SIZE, draw, shape_mask
 from evaluation.benchmarks.geneval import evaluate, relative_position, score
 
 PER_TASK = 40  # pictures a task and split
@@ -72,11 +72,11 @@ def is_true_of(sample, metadata):
 
 
 def paint(*shapes):
-    """A grey picture with shapes (class, colour, x, y) of 16 pixels, also where TinyWorld would not put them."""
-    image = np.full((64, 64, 3), 128.0)
+    """A dark picture with shapes (class, colour, x, y), also where TinyWorld would not put them."""
+    image = np.full((64, 64, 3), BACKGROUND)
     for name, color, x, y in shapes:
-        cell = image[y : y + 16, x : x + 16]
-        cell += shape_mask(name, 16)[..., None] * (np.array(COLOR_VALUES[color]) - cell)
+        cell = image[y : y + OBJECT_SIZE, x : x + OBJECT_SIZE]
+        cell += shape_mask(name, OBJECT_SIZE)[..., None] * (np.array(COLOR_VALUES[color]) - cell)
     return np.rint(image).astype(np.uint8)
 
 
@@ -135,7 +135,7 @@ def test_blur_and_noise_do_not_change_the_verdict(samples, codec_round_trip, blu
 
 def test_an_unpainted_or_random_picture_shows_nothing():
     random = np.random.default_rng(0)
-    for image in (np.full((64, 64, 3), 128, np.uint8), random.integers(0, 256, (64, 64, 3)).astype(np.uint8)):
+    for image in (np.full((64, 64, 3), 24, np.uint8), random.integers(0, 256, (64, 64, 3)).astype(np.uint8)):
         assert [d for d in detect(image) if d["box"][4] > 0.3] == []
         assert read_word(image) is None
 
@@ -149,12 +149,12 @@ def test_every_shape_is_found_in_every_colour_at_every_place(name):
 
 
 def test_two_objects_grown_together_are_not_one_clear_object():
-    merged = detect(paint(("circle", "red", 10, 20), ("circle", "red", 22, 20)))
+    merged = detect(paint(("circle", "red", 10, 20), ("circle", "red", 21, 20)))
     assert [d for d in merged if d["box"][4] > 0.3] == []
 
 
 def test_touching_objects_of_two_colours_are_two_objects():
-    found = detect(paint(("square", "red", 10, 20), ("square", "blue", 25, 20)))
+    found = detect(paint(("square", "red", 10, 20), ("square", "blue", 23, 20)))
     assert sorted((d["cls"], d["color"]) for d in found if d["box"][4] > 0.3) == [("square", "blue"), ("square", "red")]
 
 

@@ -90,5 +90,6 @@ PRESETS: dict[str, dict] = {
         "axes_dims": [8, 12, 12],
         "axes_lens": [1536, 64, 64],
         "pad_multiple": 4,
+        "rope_theta": 2.0,  # a picture is four tokens wide: every rate must tell a token from its neighbour
     },
 }

@@ -44,12 +44,15 @@ class S3DiT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh weights for training from nothing: torch's own for every part, and small pad tokens."""
+        """Fresh weights for training from nothing: torch's own for every part but pad tokens and one bias."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
+        for embedder in self.all_x_embedder.values():
+            # Places enter by rotation alone, and only what image tokens have in common tells places apart when rotated.
+            nn.init.normal_(cast(nn.Linear, embedder).bias)
         nn.init.normal_(self.x_pad_token, std=0.02)
         nn.init.normal_(self.cap_pad_token, std=0.02)
 

@@ -42,7 +42,7 @@ class RunConfig(Callback):
         datamodule = getattr(trainer, "datamodule", None)
         info = datamodule.dataset_info() if datamodule and hasattr(datamodule, "dataset_info") else None
         for logger in trainer.loggers:
-            logger.log_hyperparams(self.config)
+            logger.log_hyperparams(compared_settings(self.config))
             if hasattr(logger, "log_text"):
                 logger.log_text(to_yaml(self.config), "config/config.yaml")
             if hasattr(logger, "log_tags"):
@@ -57,6 +57,20 @@ class RunConfig(Callback):
             write_status(self.output_dir, "stopped" if stopped else "failed", step=trainer.global_step)
         except OSError as error:  # a full disk may be what ends the run: its own message must not be replaced
             rank_zero_warn(f"{self.output_dir / 'run.json'} cannot be written: {error}")
+
+
+def compared_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What runs are told apart by in a table: the stage's own settings, batch size, steps and seed.
+
+    All else stands in config.yaml: MLflow shows every parameter beside every picture, and hundreds would hide it.
+    """
+    stage = config["model"]["init_args"]
+    return {
+        **{key: value for key, value in stage.items() if not (isinstance(value, dict) and "class_path" in value)},
+        "batch_size": config["data"]["init_args"].get("batch_size"),
+        "max_steps": config["trainer"].get("max_steps"),
+        "seed": config["seed_everything"],
+    }
 
 
 def environment(device: torch.device) -> dict[str, str]:

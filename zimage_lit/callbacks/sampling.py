@@ -49,7 +49,9 @@ def draw_pictures(
     """One picture per prompt with the averaged weights, in the precision of the training."""
     was_training = pl_module.training
     pl_module.eval()
-    with averaged_weights(trainer, pl_module), trainer.precision_plugin.forward_context():
-        pictures = stage_pipeline(pl_module, settings)(list(prompts), seed=list(seeds), batch_size=settings.batch_size)
-    pl_module.train(was_training)
-    return pictures
+    try:
+        with averaged_weights(trainer, pl_module), trainer.precision_plugin.forward_context():
+            pipeline = stage_pipeline(pl_module, settings)
+            return pipeline(list(prompts), seed=list(seeds), batch_size=settings.batch_size)
+    finally:
+        pl_module.train(was_training)

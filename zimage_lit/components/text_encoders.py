@@ -21,12 +21,8 @@ from zimage_lit.errors import UserError
 MAX_TOKENS = 512  # the published pipelines' limit, chat template included
 
 # The published tokenizer renders one user message like this when it is asked for a generation prompt.
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
+# The tiny tokenizer's own: as short as can be, for on a laptop every token counts. Qwen3's folder brings Qwen3's.
+TINY_CHAT_TEMPLATE = "{%- for message in messages %}{{- message.content + '<|im_end|>' }}{%- endfor %}"
 
 
 class TextEncoder(Protocol):
@@ -306,7 +302,7 @@ def _tiny_tokenizer(captions: Iterable[str]) -> Any:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "[UNK]"]
+    special = ["<|endoftext|>", "<|im_end|>", "[UNK]"]
     first_letter = [normalizers.Replace(Regex(rf"\b{c}(?=[a-z])"), c.lower()) for c in string.ascii_uppercase]
     normalizer = normalizers.Sequence([*first_letter, normalizers.Replace(Regex(r"\bA(?= [a-z])"), "a")])
     splitter = pre_tokenizers.Sequence(
@@ -315,7 +311,7 @@ def _tiny_tokenizer(captions: Iterable[str]) -> Any:
             pre_tokenizers.Split(Regex(r"[a-z]+|[^a-z]"), "isolated"),
         ]
     )
-    words = {"user", "assistant"}
+    words: set[str] = set()
     for caption in set(captions):
         words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
     alphabet = ["\n", *string.ascii_letters, *string.digits, *string.punctuation]
@@ -327,13 +323,13 @@ def _tiny_tokenizer(captions: Iterable[str]) -> Any:
     tokenizer = Tokenizer(pieces)
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = splitter
-    tokenizer.add_special_tokens(special[:3])
+    tokenizer.add_special_tokens(special[:2])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="[UNK]",
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=TINY_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
 
