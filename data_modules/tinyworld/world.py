@@ -38,22 +38,22 @@ COLOR_VALUES: dict[str, tuple[int, int, int]] = {
     "red": (250, 70, 60),
     "yellow": (245, 220, 50),
     "green": (70, 215, 90),
-    "blue": (70, 110, 250),
-    "purple": (170, 70, 245),
-    "pink": (250, 150, 210),
+    "blue": (40, 100, 250),
+    "purple": (165, 40, 230),
+    "pink": (250, 110, 190),
     "white": (245, 245, 245),
 }
 INK = COLOR_VALUES["white"]  # of words
 
 # The harder a task, the more of it; words are an extra and stay a small share.
 TASK_WEIGHTS = {
-    "single_object": 0.06,
-    "two_object": 0.12,
-    "counting": 0.30,
-    "colors": 0.12,
-    "position": 0.22,
-    "color_attr": 0.14,
-    "word": 0.04,
+    "single_object": 0.03,
+    "two_object": 0.08,
+    "counting": 0.28,
+    "colors": 0.10,
+    "position": 0.36,
+    "color_attr": 0.12,
+    "word": 0.03,
 }
 
 # (x, y) from the reference to the subject

@@ -53,7 +53,7 @@ class RunCheckpoint(Checkpoint):
         partial = last.with_name("last.ckpt.partial")
         try:
             last.parent.mkdir(parents=True, exist_ok=True)
-            trainer.save_checkpoint(partial)
+            trainer.save_checkpoint(partial, weights_only=False)  # the optimiser and the rest too
             if trainer.is_global_zero:
                 self._swap_in(partial, last, trainer.global_step)
         except OSError as error:
