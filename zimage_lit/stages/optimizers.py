@@ -16,6 +16,7 @@ class OptimizerSettings:
     name: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all else
     lr: float = 1e-4  # peak learning rate of AdamW
     muon_lr: float = 4e-3  # peak learning rate of Muon, on AdamW's scale
+    muon_ns_steps: int = 5  # Newton-Schulz iterations of Muon: fewer are cheaper and orthogonalise less exactly
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0  # on matrices only; norms, biases and pad tokens never decay
@@ -37,7 +38,11 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     if settings.name == "adamw":
         return adamw
     muon = torch.optim.Muon(
-        orthogonalised, lr=settings.muon_lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+        orthogonalised,
+        lr=settings.muon_lr,
+        weight_decay=settings.weight_decay,
+        ns_steps=settings.muon_ns_steps,
+        adjust_lr_fn="match_rms_adamw",
     )
     return OptimizerPair(muon, adamw)
 
