@@ -142,6 +142,20 @@ def test_wrong_words_are_one_sentence_and_code_2(
     assert not (toy / "outputs").exists()
 
 
+def test_the_sentence_of_a_part_is_not_buried_in_the_parsers(toy: Path, capsys: pytest.CaptureFixture) -> None:
+    (toy / "no.db").write_text("this is not a database, whatever its name says")
+    logger = "trainer.logger.init_args"
+    words = [
+        "trainer.logger.class_path=zimage_lit.tracking.ResilientMLFlowLogger",
+        f"{logger}.experiment_name=x",
+        f"{logger}.output_dir=out",
+        f"{logger}.tracking_uri=sqlite:///{toy}/no.db",
+    ]
+    assert cli.main(["run", "toy", *words]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: The MLflow store sqlite:///") and error.endswith("file is not a database")
+
+
 # ---------------------------------------------------------------------------------------------------- `lightning`
 
 

@@ -8,6 +8,9 @@ import re
 import resource
 import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +47,24 @@ def history(client: MlflowClient, run_id: str | None, key: str) -> list[tuple[in
 
 def image_names(client: MlflowClient, run_id: str | None) -> list[str]:
     return sorted(Path(file.path).name for file in client.list_artifacts(str(run_id), "images"))
+
+
+def test_runs_that_begin_together_open_the_store_one_after_the_other(tmp_path: Path) -> None:
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print('held', flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "mlflow.db.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdin and other.stdout and other.stdout.readline() == b"held\n"
+    arguments = ("x", str(tmp_path / "run"))
+    opening = threading.Thread(
+        target=ResilientMLFlowLogger, args=arguments, kwargs={"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    )
+    opening.start()
+    opening.join(0.5)
+    assert opening.is_alive() and not (tmp_path / "mlflow.db").exists()
+    other.communicate(b"\n")
+    opening.join(60)
+    assert not opening.is_alive() and (tmp_path / "mlflow.db").exists()
 
 
 def test_all_that_is_logged_arrives(make: Callable[..., ResilientMLFlowLogger], tmp_path: Path) -> None:

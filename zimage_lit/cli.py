@@ -215,6 +215,11 @@ def build(config: dict[str, Any]) -> Any:
             parser_kwargs={"exit_on_error": False},
         )
     except (ArgumentError, ValueError, FileNotFoundError, MisconfigurationException) as error:
+        cause: BaseException | None = error
+        while cause is not None:  # a part's own sentence lies below the parser's long one
+            if isinstance(cause, UserError):
+                raise cause from error
+            cause = cause.__cause__ or cause.__context__
         raise UserError(f"the settings cannot be used: {one_line(error)}") from error
 
 

@@ -6,6 +6,7 @@ what could not be sent is sent when the run is resumed or by `python -m zimage_l
 """
 
 import atexit
+import fcntl
 import io
 import json
 import logging
@@ -18,7 +19,8 @@ import threading
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,8 @@ class ResilientMLFlowLogger(MLFlowLogger):
         # the other ranks never talk to the store; if they opened an SQLite file as well, all would race to set it up
         client_uri = uri if rank_zero else "http://127.0.0.1"
         try:
-            super().__init__(experiment_name, run_name, client_uri, tags, artifact_location=artifacts)
+            with sole_opening(client_uri):
+                super().__init__(experiment_name, run_name, client_uri, tags, artifact_location=artifacts)
         except Exception as error:
             raise UserError(f"The MLflow store {shown(uri)} cannot be opened: {first_line(error)}") from error
         self._tracking_uri = uri
@@ -322,6 +325,22 @@ def send_spool(output_dir: str | Path, tracking_uri: str | None = None) -> int:
     except (MlflowException, requests.RequestException) as error:
         raise UserError(f"MLflow at {shown(uri)} did not take everything: {first_line(error)}") from error
     return records
+
+
+@contextmanager
+def sole_opening(uri: str) -> Iterator[None]:
+    """One process at a time where the store is an SQLite file: two that begin together would both make its tables.
+
+    The lock is the kernel's: it goes with the process that holds it, however that ends.
+    """
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    lock = Path(uri.removeprefix("sqlite:///") + ".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as stream:
+        fcntl.lockf(stream, fcntl.LOCK_EX)
+        yield
 
 
 def resolve_store(uri: str | None, output_dir: Path) -> tuple[str, str | None]:
