@@ -58,7 +58,7 @@ def test_features_equal_the_published_way(folder: Path) -> None:
     assert encoder.dim == 128
     for ours, theirs in zip(features, expected, strict=True):
         assert ours.dtype == torch.float32 and ours.shape[1] == 128
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)
 
 
 def test_the_chat_template_of_the_folder_is_used_as_published(folder: Path, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_features_do_not_depend_on_batch_mates_or_autocast(folder: Path) -> None
 def test_batches_of_equal_length_give_the_same_features_up_to_rounding(folder: Path) -> None:
     alone = Qwen3TextEncoder(folder).encode(CAPTIONS)
     batched = Qwen3TextEncoder(folder, batch_size=4).encode(CAPTIONS)
-    torch.testing.assert_close(batched, alone, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(batched, alone, atol=5e-6, rtol=1e-5)
 
 
 def test_cache_returns_the_same_features_and_stays_bounded(folder: Path) -> None:
@@ -123,7 +123,7 @@ def test_reads_a_causal_language_model_in_a_pipeline_folder(folder: Path, tmp_pa
     for place in (tmp_path, tmp_path / "text_encoder"):
         features = Qwen3TextEncoder(place).encode(CAPTIONS)
         for ours, theirs in zip(features, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)  # other files, other memory alignment
+            torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)  # other files, other memory alignment
 
 
 def test_weights_stay_as_stored_unless_told_otherwise(folder: Path, copied: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_prompt_beyond_512_tokens_is_an_error_or_is_cut_as_published(folder: P
         features = cutting.encode([too_long])[0]
     expected = published_features(Qwen3Model.from_pretrained(folder).eval(), folder, [too_long])[0]
     assert features.shape == (512, 128)
-    torch.testing.assert_close(features, expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(features, expected, atol=5e-6, rtol=1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cutting.encode([too_long + " red"])  # said once is enough
