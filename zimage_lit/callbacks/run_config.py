@@ -39,10 +39,10 @@ class RunConfig(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         tags = environment(trainer.strategy.root_device) | git_state(Path.cwd())
         tags["output_dir"] = str(self.output_dir.absolute())
+        tags |= {f"setting/{name}": str(value) for name, value in flat(compared_settings(self.config)).items()}
         datamodule = getattr(trainer, "datamodule", None)
         info = datamodule.dataset_info() if datamodule and hasattr(datamodule, "dataset_info") else None
         for logger in trainer.loggers:
-            logger.log_hyperparams(compared_settings(self.config))
             if hasattr(logger, "log_text"):
                 logger.log_text(to_yaml(self.config), "config/config.yaml")
             if hasattr(logger, "log_tags"):
@@ -62,7 +62,8 @@ class RunConfig(Callback):
 def compared_settings(config: dict[str, Any]) -> dict[str, Any]:
     """What runs are told apart by in a table: the stage's own settings, batch size, steps and seed.
 
-    All else stands in config.yaml: MLflow shows every parameter beside every picture, and hundreds would hide it.
+    Tags, not parameters: MLflow writes a run's parameters over every picture, and a dozen push the next run's picture
+    out of sight. All settings stand in config.yaml.
     """
     stage = config["model"]["init_args"]
     return {
@@ -71,6 +72,14 @@ def compared_settings(config: dict[str, Any]) -> dict[str, Any]:
         "max_steps": config["trainer"].get("max_steps"),
         "seed": config["seed_everything"],
     }
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by `/`."""
+    leaves: dict[str, Any] = {}
+    for key, value in settings.items():
+        leaves |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
 
 
 def environment(device: torch.device) -> dict[str, str]:
