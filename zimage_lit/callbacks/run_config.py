@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from zimage_lit import __version__
 from zimage_lit.config import to_yaml
-from zimage_lit.run_folder import write_atomically, write_status
+from zimage_lit.run_folder import flatten, write_atomically, write_status
 
 
 class RunConfig(Callback):
@@ -39,7 +39,8 @@ class RunConfig(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         tags = environment(trainer.strategy.root_device) | git_state(Path.cwd())
         tags["output_dir"] = str(self.output_dir.absolute())
-        tags |= {f"setting/{name}": str(value) for name, value in flat(compared_settings(self.config)).items()}
+        settings = flatten(compared_settings(self.config))
+        tags |= {f"setting/{name.replace('.', '/')}": str(value) for name, value in settings.items()}
         datamodule = getattr(trainer, "datamodule", None)
         info = datamodule.dataset_info() if datamodule and hasattr(datamodule, "dataset_info") else None
         for logger in trainer.loggers:
@@ -72,14 +73,6 @@ def compared_settings(config: dict[str, Any]) -> dict[str, Any]:
         "max_steps": config["trainer"].get("max_steps"),
         "seed": config["seed_everything"],
     }
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested names joined by `/`."""
-    leaves: dict[str, Any] = {}
-    for key, value in settings.items():
-        leaves |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
 
 
 def environment(device: torch.device) -> dict[str, str]:
