@@ -1,5 +1,7 @@
 """What must hold of S3-DiT by itself: golden numbers, presets, independence of batch mates, precision, bad input."""
 
+import random
+
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
@@ -236,3 +238,24 @@ def test_a_network_of_known_weights_repeats_its_recorded_loss_and_gradient() -> 
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
     seen = [loss.item(), norm.item(), *outputs[1].flatten()[[0, 100, 500]].tolist()]
     assert seen == pytest.approx(RECORDED, rel=1e-4)
+
+
+def test_gradients_repeat_bit_for_bit_on_two_threads() -> None:
+    torch.manual_seed(0)
+    model = S3DiT(S3DiTConfig.preset("tiny"))
+    draw = random.Random(0)
+    latents = [torch.randn(16, 8, 8) for _ in range(64)]
+    captions = [torch.randn(draw.randint(5, 11), 128) for _ in latents]
+    times = torch.rand(len(latents))
+
+    def gradients() -> list[torch.Tensor]:
+        loss = torch.stack(model(latents, times, captions)).square().mean()
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = gradients()
+        assert all(all(map(torch.equal, first, gradients())) for _ in range(4))
+    finally:
+        torch.set_num_threads(threads)

@@ -61,11 +61,14 @@ def test_plan_equals_the_one_made_token_by_token(seed: int, multiple: int) -> No
 
     tokens = [rows * columns for rows, columns in grids]
     packed = {}
-    for kind, counts, source in (
-        ("image", tokens, packing.image_source),
-        ("caption", captions, packing.caption_source),
+    for kind, counts, places, segments in (
+        ("image", tokens, packing.real_image, packing.image),
+        ("caption", captions, packing.real_caption, packing.caption),
     ):
-        packed[kind] = [labels(packing.order, counts, kind)[i] for i in source.tolist()]
+        *real, pad = labels(packing.order, counts, kind)
+        packed[kind] = [pad] * sum(segments.lengths)
+        for place, label in zip(places.tolist(), real, strict=True):
+            packed[kind][place] = label
         assert [label[1:] for label in packed[kind]] == [label[1:] for label in expected[kind]]
         assert all(a == b for a, b in zip(packed[kind], expected[kind], strict=True) if a[0] != "any")
 
@@ -74,7 +77,6 @@ def test_plan_equals_the_one_made_token_by_token(seed: int, multiple: int) -> No
     assert [label for chunk in packing.unified_source.tolist() for label in chunks[chunk]] == expected["unified"]
     image_chunks = [expected["unified"][i * multiple : (i + 1) * multiple] for i in packing.image_chunks.tolist()]
     assert [label for chunk in image_chunks for label in chunk] == expected["image"]
-    assert [expected["image"][i] for i in packing.real_image.tolist()] == labels(packing.order, tokens, "image")[:-1]
     assert list(packing.image_tokens) == [tokens[sample] for sample in packing.order]
 
 
@@ -93,6 +95,7 @@ def test_segments_equal_those_made_token_by_token(seed: int, multiple: int) -> N
         assert segments.cumulative.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
         assert [length for count, length in segments.runs for _ in range(count)] == lengths
         assert [packing.order[place] for place in segments.sample_of_chunk.tolist()] == samples[::multiple]
+        assert [count * multiple for count in segments.chunks_of_sample.tolist()] == lengths
 
 
 def test_neighbours_of_equal_length_share_a_run() -> None:

@@ -16,7 +16,7 @@ from zimage_lit.backbone import checkpoints
 from zimage_lit.backbone.attention import packed_attention
 from zimage_lit.backbone.config import S3DiTConfig
 from zimage_lit.backbone.norm import RMSNorm
-from zimage_lit.backbone.packing import Packing, Segments, pack
+from zimage_lit.backbone.packing import Packing, Segments, pack, per_chunk
 from zimage_lit.backbone.rope import rotation_tables, rotations
 from zimage_lit.errors import UserError
 
@@ -89,14 +89,14 @@ class S3DiT(nn.Module):
         for block in self.context_refiner:
             caption = block(caption, packing.caption, caption_rotation)
 
-        tokens = torch.cat([image, caption])[packing.unified_source]
+        tokens = torch.cat([image, caption]).index_select(0, packing.unified_source)
         rotation = rotations(packing.unified.rotation_index, tables)
         for block in self.layers:
             tokens = block(tokens, packing.unified, rotation, conditioning)
 
         (final_layer,) = self.all_final_layer.values()
-        patches = final_layer(tokens[packing.image_chunks], packing.image, conditioning)
-        patches = patches.flatten(0, 1)[packing.real_image]
+        patches = final_layer(tokens.index_select(0, packing.image_chunks), packing.image, conditioning)
+        patches = patches.flatten(0, 1).index_select(0, packing.real_image)
         velocities = self.unpatchify(patches, [latents[i].shape for i in order], packing)
         return [velocity.to(latents[0].dtype) for velocity in velocities]
 
@@ -132,15 +132,15 @@ class S3DiT(nn.Module):
     def embed_images(self, latents: list[Tensor], packing: Packing) -> Tensor:
         (embedder,) = self.all_x_embedder.values()
         real = embedder(patchify(latents, self.config.patch_size).to(self.x_pad_token.dtype))
-        return self.with_pads(real, self.x_pad_token, packing.image_source)
+        return self.with_pads(real, self.x_pad_token, packing.real_image, packing.image)
 
     def embed_captions(self, captions: list[Tensor], packing: Packing) -> Tensor:
         real = self.cap_embedder(torch.cat(captions).to(self.cap_pad_token.dtype))
-        return self.with_pads(real, self.cap_pad_token, packing.caption_source)
+        return self.with_pads(real, self.cap_pad_token, packing.real_caption, packing.caption)
 
-    def with_pads(self, real: Tensor, pad_token: Tensor, source: Tensor) -> Tensor:
+    def with_pads(self, real: Tensor, pad_token: Tensor, places: Tensor, segments: Segments) -> Tensor:
         """Real tokens at their packed places, the learned pad token elsewhere: (chunks, pad_multiple, dim)."""
-        packed = torch.cat([real, pad_token.to(real.dtype)])[source]
+        packed = pad_token.to(real.dtype).expand(sum(segments.lengths), -1).index_copy(0, places, real)
         return packed.unflatten(0, (-1, self.config.pad_multiple))
 
     def unpatchify(self, patches: Tensor, shapes: list[torch.Size], packing: Packing) -> list[Tensor]:
@@ -183,7 +183,7 @@ class Block(nn.Module):
         if conditioning is None:
             x = x + self.attention_norm2(self.attention(self.attention_norm1(x), segments, rotation))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
-        modulation = self.adaLN_modulation(conditioning)[segments.sample_of_chunk].unsqueeze(1)
+        modulation = per_chunk(self.adaLN_modulation(conditioning), segments)
         attention_scale, attention_gate, ffn_scale, ffn_gate = modulation.chunk(4, dim=-1)
         attended = self.attention(self.attention_norm1(x, 1 + attention_scale), segments, rotation)
         x = x + self.attention_norm2(attended, attention_gate.tanh())
@@ -234,7 +234,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.modulation_dim, config.dim))
 
     def forward(self, x: Tensor, segments: Segments, conditioning: Tensor) -> Tensor:
-        scale = 1 + self.adaLN_modulation(conditioning)[segments.sample_of_chunk].unsqueeze(1)
+        scale = 1 + per_chunk(self.adaLN_modulation(conditioning), segments)
         return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale)
 
 

@@ -48,9 +48,13 @@ class _ScaledRMSNorm(torch.autograd.Function):
         if rotation is not None:
             turned = gradient.to(inverse_rms.dtype, copy=True, memory_format=torch.contiguous_format)
             gradient = rotate_(turned, rotation.conj())
-        normalised = x * inverse_rms
-        product = gradient * normalised
-        weight_gradient = product.sum_to_size(weight.shape).to(weight.dtype)
-        along = (product * weight).mean(dim=-1, keepdim=True).neg_()
-        x_gradient = torch.addcmul((gradient * weight).to(inverse_rms.dtype), normalised, along).mul_(inverse_rms)
-        return x_gradient.to(x.dtype), weight_gradient, None, None
+        product = (gradient * x).to(inverse_rms.dtype)
+        if weight.ndim == 1:  # sums along rows and columns as products with vectors: one reading each
+            weight_gradient = inverse_rms.flatten() @ product.flatten(0, -2)
+            along = (product @ weight).unsqueeze(-1)
+        else:
+            weight_gradient = (product * inverse_rms).sum_to_size(weight.shape)
+            along = (product * weight).sum(dim=-1, keepdim=True)
+        pull = along.mul_(inverse_rms.square()).div_(-x.shape[-1])
+        x_gradient = torch.addcmul((gradient * weight).to(pull.dtype), x.to(pull.dtype), pull).mul_(inverse_rms)
+        return x_gradient.to(x.dtype), weight_gradient.to(weight.dtype), None, None

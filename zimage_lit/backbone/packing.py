@@ -8,6 +8,7 @@ tensor is kept as (chunks, pad_multiple, dim) and what belongs to a sample (modu
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ class Segments:
     runs: tuple[tuple[int, int], ...]  # (samples, length) of neighbours of equal length
     cumulative: Tensor  # (B + 1,) int32, for variable-length kernels
     sample_of_chunk: Tensor  # (T / pad_multiple,) int64
+    chunks_of_sample: Tensor  # (B,) int64: how many
     rotation_index: Tensor  # (T, 3) int64: positions on the rotary axes
 
 
@@ -33,11 +35,10 @@ class Packing:
     image: Segments
     caption: Segments
     unified: Segments
-    image_source: Tensor  # (T_image,) into [real image tokens, image pad token]
-    caption_source: Tensor  # (T_caption,) into [real caption tokens, caption pad token]
     unified_source: Tensor  # (chunks,) into [image chunks, caption chunks]
     image_chunks: Tensor  # (image chunks,) into unified chunks
     real_image: Tensor  # (real image tokens,) into packed image tokens
+    real_caption: Tensor  # (real caption tokens,) into packed caption tokens
     image_tokens: tuple[int, ...]  # real tokens of each sample, packed order
 
 
@@ -47,20 +48,13 @@ def _within(lengths: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
 
 
-def _source(real: np.ndarray, padded: np.ndarray) -> np.ndarray:
-    """For each packed place the row of its real token, or real.sum() (the pad token) past a segment's end."""
-    place, length = _within(padded), np.repeat(real, padded)
-    starts = np.repeat(np.cumsum(real) - real, padded)
-    return np.where(place < length, starts + place, real.sum())
-
-
 def _segments(padded: np.ndarray, positions: np.ndarray, multiple: int, device: torch.device) -> Segments:
-    chunks = np.repeat(np.arange(len(padded)), padded // multiple)
     return Segments(
         lengths=tuple(padded.tolist()),
         runs=tuple((len(list(group)), length) for length, group in groupby(padded.tolist())),
         cumulative=torch.tensor(np.concatenate([[0], np.cumsum(padded)]), dtype=torch.int32, device=device),
-        sample_of_chunk=torch.from_numpy(chunks).to(device),
+        sample_of_chunk=torch.from_numpy(np.repeat(np.arange(len(padded)), padded // multiple)).to(device),
+        chunks_of_sample=torch.from_numpy(padded // multiple).to(device),
         rotation_index=torch.from_numpy(positions).to(device),
     )
 
@@ -103,10 +97,32 @@ def pack(grids: list[tuple[int, int]], caption_lengths: list[int], pad_multiple:
         image=_segments(padded_images, image_positions, pad_multiple, device),
         caption=_segments(padded_captions, caption_positions, pad_multiple, device),
         unified=_segments(padded_images + padded_captions, both[unified].reshape(-1, 3), pad_multiple, device),
-        image_source=index(_source(tokens, padded_images)),
-        caption_source=index(_source(captions, padded_captions)),
         unified_source=index(unified),
         image_chunks=index(np.flatnonzero(chunk < images_here)),
         real_image=index(np.flatnonzero(real)),
+        real_caption=index(np.flatnonzero(_within(padded_captions) < np.repeat(captions, padded_captions))),
         image_tokens=tuple(tokens.tolist()),
     )
+
+
+def per_chunk(of_samples: Tensor, segments: Segments) -> Tensor:
+    """What each sample has, (B, n), for each of its chunks: (chunks, 1, n)."""
+    return cast(Tensor, _PerChunk.apply(of_samples, segments.sample_of_chunk, segments.chunks_of_sample))
+
+
+class _PerChunk(torch.autograd.Function):
+    """A lookup whose gradient is summed sample by sample, in one order always: torch's own adds in the order of chance.
+
+    With that, float32 training on two CPU threads would not repeat itself bit for bit, nor would it on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, of_samples: Tensor, sample_of_chunk: Tensor, chunks_of_sample: Tensor) -> Tensor:
+        ctx.save_for_backward(chunks_of_sample)
+        return of_samples.index_select(0, sample_of_chunk).unsqueeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (chunks_of_sample,) = ctx.saved_tensors
+        wide = gradient.squeeze(1).to(torch.promote_types(gradient.dtype, torch.float32))
+        return torch.segment_reduce(wide, "sum", lengths=chunks_of_sample).to(gradient.dtype), None, None
