@@ -51,6 +51,8 @@ class TextToImageDataModule(LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise UserError(f"data.init_args.batch_size is {batch_size}: set it to 1 or more.")
+        if num_workers < 0:
+            raise UserError(f"data.init_args.num_workers is {num_workers}: set it to 0 or more.")
         self.data_dir = Path(data_dir)
         self.batch_size = batch_size
         self.num_workers = num_workers

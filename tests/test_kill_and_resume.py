@@ -24,8 +24,7 @@ SETTINGS = [
     "trainer.callbacks.export=null",
     "trainer.callbacks.checkpoint.init_args.every_n_steps=3",
     "trainer.callbacks.recorder.class_path=recorder.LossRecorder",
-    "model.init_args.backbone={dim: 64, n_layers: 1, n_refiner_layers: 1, n_heads: 2, n_kv_heads: 2, "
-    "cap_feat_dim: 128, axes_dims: [8, 12, 12], axes_lens: [1536, 64, 64], pad_multiple: 8}",
+    "model.init_args.backbone={preset: tiny, dim: 64, n_layers: 1, n_heads: 2, n_kv_heads: 2, pad_multiple: 8}",
     "data.init_args.num_samples=60",
     "data.init_args.num_val_samples=8",
     "data.init_args.batch_size=8",  # 7 steps an epoch: the run crosses two epochs

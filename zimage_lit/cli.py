@@ -24,6 +24,7 @@ from zimage_lit.config import (
     compose,
     did_you_mean,
     find_experiment,
+    flatten,
     is_file_name,
     key_comments,
     list_experiments,
@@ -58,7 +59,7 @@ IDLE_WARNINGS = (
 USAGE = """\
 usage: {program} run NAME [key=value …]    run an experiment or a task
        {program} run NAME --help           what it is, and its settings
-       {program} run NAME --print-config   the settings it would run with
+       {program} run NAME --print-config   the settings it would run with, composed but not yet checked
        {program} run --list                all experiments and tasks
 
 NAME is an experiment (./experiments/NAME.yaml, else one shipped with zimage-lit), the path of a .yaml file, or a task.
@@ -110,6 +111,8 @@ def run(words: list[str], program: str) -> int:
     options = [word for word in words if word in ("-h", "--help", "--list", "--print-config")]
     names = [word for word in words if word not in options]
     if "--list" in options:
+        if names:
+            raise UserError(f"--list shows everything, it takes no '{names[0]}'; see {program} run --help")
         print(listing())
     elif not names:
         print(USAGE.format(program=program))
@@ -117,7 +120,7 @@ def run(words: list[str], program: str) -> int:
     elif "=" in names[0]:
         raise UserError(f"the name of an experiment comes before '{names[0]}'; {program} run --list shows them all")
     elif names[0] in TASKS:
-        return run_task(names[0], names[1:], show_help=bool(options), program=program)
+        return run_task(names[0], names[1:], options, program)
     elif "--print-config" in options:
         print(to_yaml(compose(experiment(names[0]), names[1:])), end="")
     elif options:
@@ -166,9 +169,12 @@ def fit(settings: RunSettings, config: dict[str, Any], checkpoint: Path | None, 
     from zimage_lit.callbacks.clean_stop import CleanStop, RunStopped
     from zimage_lit.callbacks.run_config import RunConfig
     from zimage_lit.run_folder import write_status
+    from zimage_lit.stages.initial_weights import read_checkpoint
 
     for message in IDLE_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    if checkpoint:
+        read_checkpoint(checkpoint)  # a damaged one is named before anything is built
     built = build(config)
     trainer, clean_stop = built.trainer, CleanStop(settings.output_dir)
     checkpoints = [callback for callback in trainer.callbacks if callback in trainer.checkpoint_callbacks]
@@ -215,26 +221,30 @@ def build(config: dict[str, Any]) -> Any:
             parser_kwargs={"exit_on_error": False},
         )
     except (ArgumentError, ValueError, FileNotFoundError, MisconfigurationException) as error:
-        cause: BaseException | None = error
-        while cause is not None:  # a part's own sentence lies below the parser's long one
+        causes: list[BaseException] = [error]  # a part's own sentence lies below the parser's long one
+        while causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(causes[-1].__cause__ or causes[-1].__context__)  # type: ignore[arg-type]
+        for cause in causes:
             if isinstance(cause, UserError):
                 raise cause from error
-            cause = cause.__cause__ or cause.__context__
-        raise UserError(f"the settings cannot be used: {one_line(error)}") from error
+        raise UserError(f"the settings cannot be used: {one_line(causes[-1])}") from error
 
 
 # ---------------------------------------------------------------------------------------------------- tasks
 
 
-def run_task(name: str, overrides: list[str], show_help: bool, program: str) -> int:
+def run_task(name: str, overrides: list[str], options: list[str], program: str) -> int:
     task = TASKS[name]
     module_name, _, function_name = task.function.partition(":")
-    if show_help:
+    if set(options) - {"--print-config"}:
         print(f"{name}: {task.description}\n\nusage: {program} run {name} [key=value …]\n")
         print(setting_lines(module_name, task.settings))
         return 0
-    settings = parse_overrides(overrides)
-    function: Callable[[dict[str, Any]], int | None] = getattr(importlib.import_module(module_name), function_name)
+    settings, module = parse_overrides(overrides), importlib.import_module(module_name)
+    if options:
+        print(to_yaml(vars(settings_from(getattr(module, task.settings), settings))), end="")
+        return 0
+    function: Callable[[dict[str, Any]], int | None] = getattr(module, function_name)
     return function(settings) or 0
 
 
@@ -271,21 +281,11 @@ def experiment_help(name: str, program: str) -> str:
     for layer in layers:
         comments.update({key: comment for key, comment in key_comments(layer.path).items() if comment})
     config = compose(name)
-    rows = [(f"{key}={value}", comments.get(key, "")) for key, value in leaves(config) if key != "description"]
+    rows = [(f"{key}={as_typed(value)}", comments.get(key, "")) for key, value in flatten(config).items()]
+    rows = [row for row in rows if not row[0].startswith("description=")]
     files = " <- ".join(str(layer.path) for layer in reversed(layers))
     title = config.get("description", name)
     return f"{title}\n\nusage: {program} run {name} [key=value …]\nfiles: {files}\n\n{table(rows)}"
-
-
-def leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """(dotted key, value as it would be typed) of every setting."""
-    found: list[tuple[str, str]] = []
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            found += leaves(value, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", as_typed(value)))
-    return found
 
 
 def table(rows: Any) -> str:

@@ -35,6 +35,10 @@ class RunSettings:
     output_dir: str  # folder of checkpoints, config.yaml, run.json and reports
     resume: str = "auto"  # auto: continue an unfinished run; never: move the old folder aside; or a checkpoint's path
 
+    def __post_init__(self) -> None:
+        if not self.name or not self.output_dir:
+            raise UserError("run.name and run.output_dir must not be empty: a run has a folder of its own.")
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -53,11 +57,11 @@ def compose(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
     Raises UserError for a missing file, a cycle, unreadable YAML, a malformed override or an unresolvable `${…}`.
     """
-    config = base_settings(name)
-    for layer in load_layers(name):
-        config = add_layer(config, layer.values, str(layer.path))
-    config = add_layer(config, parse_overrides(overrides), "the command line")
-    return resolve(without_removed_callbacks(config))
+    config, removed = base_settings(name), set[str]()
+    layers = [(layer.values, str(layer.path)) for layer in load_layers(name)]
+    for values, source in [*layers, (parse_overrides(overrides), "the command line")]:
+        config, removed = add_layer(config, removed, values, source)
+    return without_callbacks(resolve(config), removed)
 
 
 def base_settings(name: str) -> dict[str, Any]:
@@ -169,20 +173,30 @@ def merge(base: Any, update: Any) -> Any:
     return merged
 
 
-def add_layer(config: dict[str, Any], values: dict[str, Any], source: str) -> dict[str, Any]:
-    """Merge one layer; removing a callback that is not there is taken for the typing error that it is."""
+def add_layer(
+    config: dict[str, Any], removed: set[str], values: dict[str, Any], source: str
+) -> tuple[dict[str, Any], set[str]]:
+    """Merge one layer: (config, names of the callbacks that `null` removes).
+
+    A removed callback stays in the config until the end, for other settings may refer to its own by `${…}`. Removing
+    one that is not there is taken for the typing error that it is.
+    """
     present, update = callbacks_of(config), callbacks_of(values)
-    if isinstance(update, dict):
-        for name, callback in update.items():
-            if callback is None and (not isinstance(present, dict) or name not in present):
-                known = list(present) if isinstance(present, dict) else []
-                hint = did_you_mean(name, known, listing="there are")
-                raise UserError(f"trainer.callbacks.{name} cannot be removed by {source}: it is not there{hint}")
-        if isinstance(present, list):
-            raise UserError(
-                f"trainer.callbacks is a list in the defaults of {source}: single callbacks cannot be changed by name"
-            )
-    return merge(config, values)
+    if not isinstance(update, dict):
+        return merge(config, values), removed if update is None else set()
+    if isinstance(present, list):
+        raise UserError(
+            f"trainer.callbacks is a list in the defaults of {source}: single callbacks cannot be changed by name"
+        )
+    there = [name for name in present or {} if name not in removed]
+    removed_here = {name for name, callback in update.items() if callback is None}
+    for name in sorted(removed_here - set(there)):
+        hint = did_you_mean(name, there, listing="there are")
+        raise UserError(f"trainer.callbacks.{name} cannot be removed by {source}: it is not there{hint}")
+    kept = {name: callback for name, callback in update.items() if callback is not None}
+    anew = without_callbacks(config, removed & kept.keys())  # given again after its removal: begins from nothing
+    values = {**values, "trainer": {**values["trainer"], "callbacks": kept}}
+    return merge(anew, values), (removed | removed_here) - kept.keys()
 
 
 def callbacks_of(config: dict[str, Any]) -> Any:
@@ -190,11 +204,10 @@ def callbacks_of(config: dict[str, Any]) -> Any:
     return trainer.get("callbacks") if isinstance(trainer, dict) else None
 
 
-def without_removed_callbacks(config: dict[str, Any]) -> dict[str, Any]:
-    callbacks = callbacks_of(config)
-    if not isinstance(callbacks, dict):
+def without_callbacks(config: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    if not names:
         return config
-    kept = {name: callback for name, callback in callbacks.items() if callback is not None}
+    kept = {name: callback for name, callback in callbacks_of(config).items() if name not in names}
     return {**config, "trainer": {**config["trainer"], "callbacks": kept}}
 
 
@@ -299,6 +312,17 @@ def comment_at(lines: list[str], line: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- wording
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every setting, nested mappings opened."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, inner in value.items()
+        for key, leaf in flatten(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
 
 
 def did_you_mean(word: str, known: Iterable[str], listing: str = "") -> str:

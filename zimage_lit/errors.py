@@ -1,5 +1,12 @@
-"""The one exception that the command line shows without a traceback."""
+"""The one exception that the command line shows without a traceback, and the check that most settings need."""
 
 
 class UserError(Exception):
     """Something the person at the keyboard can mend: one sentence that names the file or key and the way out."""
+
+
+def at_least_one(name: str, value: int) -> int:
+    """The value of the setting `name`, if it is a positive number."""
+    if value < 1:
+        raise UserError(f"{name} must be at least 1, not {value}.")
+    return value

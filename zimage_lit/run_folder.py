@@ -7,12 +7,13 @@
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from zimage_lit.config import RunSettings, as_typed, did_you_mean, read_yaml
+from zimage_lit.config import RunSettings, as_typed, did_you_mean, flatten, read_yaml
 from zimage_lit.errors import UserError
 
 # May differ between a run and its continuation: they change how long it runs and what is shown, not what is learned.
@@ -29,9 +30,6 @@ HARMLESS = (
     "trainer.log_every_n_steps",
     "trainer.profiler",
     "data.init_args.num_workers",
-    "data.init_args.prefetch_factor",
-    "data.init_args.persistent_workers",
-    "data.init_args.pin_memory",
 )
 LIMITS = ("max_steps", "max_epochs", "max_time")
 ABSENT = object()
@@ -77,7 +75,7 @@ def plan_start(run: RunSettings, config: dict[str, Any], first_process: bool) ->
         return Start(
             finished=True,
             note=f"{run.name} is finished (step {status.get('step')}, in {output_dir}): start over with"
-            " run.resume=never, or go on with a larger trainer.max_steps",
+            " run.resume=never, or go on with a larger trainer.max_steps (a learning rate that decays rises again then)",
         )
     return Start(checkpoint, note=f"continuing {run.name} from {checkpoint}")
 
@@ -106,12 +104,22 @@ def move_aside(output_dir: Path) -> str:
 # ---------------------------------------------------------------------------------------------------- the two files
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """A process killed in mid-write leaves the old file, never half of the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """A process killed in mid-write leaves the old file, never half of the new one; so does a full disk.
+
+    Raises UserError where nothing can be written there.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path} ({error.strerror}): mend that, then the same command continues from the last checkpoint"
+        ) from error
 
 
 def write_status(output_dir: Path, status: str, step: int) -> None:
@@ -134,16 +142,6 @@ def stored_config(output_dir: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------- comparing
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {
-        key: leaf
-        for name, inner in value.items()
-        for key, leaf in flatten(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

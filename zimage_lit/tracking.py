@@ -278,6 +278,11 @@ class ResilientMLFlowLogger(MLFlowLogger):
             print(f"Compare runs at {url}" if command == url else f"Compare runs by\n  {command}\nat {url}")
 
     @property
+    def tracking_uri(self) -> str:
+        """The absolute address of the store."""
+        return self._tracking_uri
+
+    @property
     def save_dir(self) -> str:
         """Where Lightning puts what belongs to the run."""
         return str(self.output_dir)

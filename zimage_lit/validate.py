@@ -254,7 +254,9 @@ def describe_one(hint: Any) -> str:
         return "a mapping"
     if inspect.isclass(origin):
         return (
-            f"{'settings of' if dataclasses.is_dataclass(origin) else 'a'} {origin.__name__} (class_path and init_args)"
+            f"a mapping of {origin.__name__}"
+            if dataclasses.is_dataclass(origin)
+            else f"a {origin.__name__} (class_path and init_args)"
         )
     return str(hint)
 

@@ -16,7 +16,8 @@ class TinyWorldDataModule(TextToImageDataModule):
     Args:
         data_dir: where the data set is prepared, with its codec and text encoder; made if missing.
         num_samples: training samples to draw.
-        seed: of the world, and of the order and the captions in training.
+        world_seed: of the world: which samples are drawn at preparation.
+        seed: of the order of the samples and the choice of captions in training.
         num_val_samples: validation samples to draw.
         batch_size, num_workers, caption_weights, shuffle, drop_last, verify: see TextToImageDataModule.
 
@@ -28,6 +29,7 @@ class TinyWorldDataModule(TextToImageDataModule):
         self,
         data_dir: str = "data/tinyworld",
         num_samples: int = 40_000,
+        world_seed: int = 0,
         seed: int = 0,
         num_val_samples: int = 512,
         batch_size: int = 64,
@@ -48,9 +50,10 @@ class TinyWorldDataModule(TextToImageDataModule):
             verify=verify,
         )
         self.num_samples = num_samples
+        self.world_seed = world_seed
         self.num_val_samples = num_val_samples
 
     def prepare_data(self) -> None:
         from data_modules.tinyworld.prepare import prepare
 
-        prepare(self.data_dir, self.num_samples, self.seed, num_val_samples=self.num_val_samples)
+        prepare(self.data_dir, self.num_samples, self.world_seed, num_val_samples=self.num_val_samples)

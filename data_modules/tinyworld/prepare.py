@@ -43,7 +43,7 @@ SPLITS: dict[str, Split] = {"train": "train", "val": "heldout"}
 def prepare(
     data_dir: str | Path,
     num_samples: int = 40_000,
-    seed: int = 0,
+    world_seed: int = 0,
     num_workers: int | None = None,
     num_val_samples: int = 512,
 ) -> None:
@@ -63,8 +63,8 @@ def prepare(
     settings = {
         "num_samples": num_samples,
         "num_val_samples": num_val_samples,
-        "seed": seed,
-        "world": world_version(seed),
+        "world_seed": world_seed,
+        "world": world_version(world_seed),
     }
     if _is_prepared(data_dir, settings):
         return
@@ -126,7 +126,7 @@ def _prepare(data_dir: Path, settings: dict[str, Any], num_workers: int) -> None
     start = time.monotonic()
     sizes = {"train": settings["num_samples"], "val": settings["num_val_samples"]}
     for split, size in sizes.items():
-        _write_split(data_dir / split, split, size, settings["seed"], num_workers)
+        _write_split(data_dir / split, split, size, settings["world_seed"], num_workers)
     _fit_components(data_dir, settings)
     write_manifest(data_dir, "tinyworld", sizes, {language: list(KINDS) for language in LANGUAGES}, settings)
     seconds = time.monotonic() - start
@@ -231,8 +231,8 @@ def _fit_components(data_dir: Path, settings: dict[str, Any]) -> None:
     """The codec from training pictures, the text encoder from their captions and from single letters."""
     from zimage_lit.components import PatchPCACodec, build_tiny_qwen3  # transformers takes seconds to import
 
-    samples = [draw(index, settings["seed"]) for index in range(min(FIT_SAMPLES, settings["num_samples"]))]
+    samples = [draw(index, settings["world_seed"]) for index in range(min(FIT_SAMPLES, settings["num_samples"]))]
     images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
     PatchPCACodec.fit(images.float() / 127.5 - 1, data_dir / "codec")
     texts = [text for sample in samples for kinds in sample.captions.values() for text in kinds.values()]
-    build_tiny_qwen3(data_dir / "text_encoder", sorted(set(texts)), seed=settings["seed"])
+    build_tiny_qwen3(data_dir / "text_encoder", sorted(set(texts)), seed=settings["world_seed"])

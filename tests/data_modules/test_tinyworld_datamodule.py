@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def data_module(folder: Path, **options: object) -> TinyWorldDataModule:
-    sizes = {"num_samples": NUM_SAMPLES, "num_val_samples": NUM_VAL_SAMPLES, "seed": SEED}
+    sizes = {"num_samples": NUM_SAMPLES, "num_val_samples": NUM_VAL_SAMPLES, "world_seed": SEED, "seed": SEED}
     return TinyWorldDataModule(str(folder), **{**sizes, "batch_size": 30, **options})  # type: ignore[arg-type]
 
 
@@ -137,7 +137,7 @@ def test_a_finished_folder_is_left_as_it_is(folder: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "stored"), [("num_samples", 91, 90), ("seed", 8, 7), ("num_val_samples", 3, 12)]
+    ("key", "value", "stored"), [("num_samples", 91, 90), ("world_seed", 8, 7), ("num_val_samples", 3, 12)]
 )
 def test_other_settings_are_refused_by_name(folder: Path, key: str, value: int, stored: int) -> None:
     with pytest.raises(

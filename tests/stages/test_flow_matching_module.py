@@ -36,7 +36,10 @@ def parts(tmp_path_factory):
 
 def stage(parts: Path, **settings) -> FlowMatchingModule:
     module = FlowMatchingModule(
-        Qwen3TextEncoder(parts / "text_encoder"), PatchPCACodec(parts / "codec"), backbone=CONFIG, **settings
+        Qwen3TextEncoder(parts / "text_encoder"),
+        PatchPCACodec(parts / "codec"),
+        backbone={"preset": "tiny", **vars(CONFIG)},
+        **settings,
     )
     module.configure_model()
     return module
@@ -206,7 +209,7 @@ def test_init_from_a_folder_and_from_a_checkpoint(parts, batch, tmp_path):
 
 def test_init_from_says_what_is_wrong(tmp_path, parts, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint file"):
         build_backbone(CONFIG, str(tmp_path / "absent.ckpt"), 0)
     (tmp_path / "torn.ckpt").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match=r"torn\.ckpt cannot be read"):
@@ -217,9 +220,12 @@ def test_init_from_says_what_is_wrong(tmp_path, parts, monkeypatch):
     wider = S3DiTConfig(**{**vars(CONFIG), "n_layers": 3})
     with pytest.raises(UserError, match="n_layers"):
         build_backbone(wider, str(tmp_path / "other"), 0)
-    torch.save(
-        {"state_dict": {f"backbone.{n}": w for n, w in stage(parts).backbone.state_dict().items()}}, tmp_path / "s.ckpt"
-    )
+    for name, foreign in (("list.ckpt", [1]), ("foreign.ckpt", {"weights": torch.ones(1)})):
+        torch.save(foreign, tmp_path / name)
+        with pytest.raises(UserError, match=f"{name} is not a checkpoint of a training run"):
+            build_backbone(CONFIG, str(tmp_path / name), 0)
+    weights = {f"backbone.{n}": w for n, w in stage(parts).backbone.state_dict().items()}
+    torch.save({"state_dict": weights, "pytorch-lightning_version": "2"}, tmp_path / "s.ckpt")
     with pytest.raises(UserError, match=r"layers\.2\."):
         build_backbone(wider, str(tmp_path / "s.ckpt"), 0)
     assert isinstance(build_backbone(CONFIG, str(tmp_path / "s.ckpt"), 0), S3DiT)

@@ -7,21 +7,22 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from zimage_lit.errors import UserError
+from zimage_lit.errors import UserError, at_least_one
+from zimage_lit.run_folder import last_checkpoint
 
 
 class RunCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt` of the run's folder current; it is whole at every moment.
 
-    every_n_steps: optimiser steps between saves; the end of the run and an interruption save as well.
+    every_n_steps: optimiser steps between saves; the end of the run and an interruption save as well, and so does the
+        last step but one: what follows training (scores, an export) may fail, and is done again only where a step is.
     keep_every_n_steps: additionally keep `step-….ckpt` at these steps for good (a multiple of every_n_steps).
 
     Raises UserError where a save fails (a full disk, say); the checkpoint before it stays as it was.
     """
 
     def __init__(self, every_n_steps: int = 500, keep_every_n_steps: int | None = None) -> None:
-        if every_n_steps < 1:
-            raise UserError(f"RunCheckpoint: every_n_steps must be at least 1, not {every_n_steps}.")
+        at_least_one("RunCheckpoint: every_n_steps", every_n_steps)
         if keep_every_n_steps is not None and (keep_every_n_steps < 1 or keep_every_n_steps % every_n_steps):
             raise UserError(
                 f"RunCheckpoint: keep_every_n_steps ({keep_every_n_steps}) must be a multiple of every_n_steps "
@@ -31,16 +32,13 @@ class RunCheckpoint(Checkpoint):
         self.keep_every_n_steps = keep_every_n_steps
         self._saved_step = 0
 
-    @staticmethod
-    def last(trainer: Trainer) -> Path:
-        """Where the run's current checkpoint lies."""
-        return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step != self._saved_step and trainer.global_step % self.every_n_steps == 0:
+        step = trainer.global_step
+        is_last_but_one = step == trainer.estimated_stepping_batches - 1
+        if step != self._saved_step and (step % self.every_n_steps == 0 or is_last_but_one):
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -49,7 +47,7 @@ class RunCheckpoint(Checkpoint):
 
     def save(self, trainer: Trainer) -> None:
         """Write the whole training state; on every rank, because gathering it is collective."""
-        last = self.last(trainer)
+        last = last_checkpoint(Path(trainer.default_root_dir))
         partial = last.with_name("last.ckpt.partial")
         try:
             last.parent.mkdir(parents=True, exist_ok=True)

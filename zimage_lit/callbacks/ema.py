@@ -8,6 +8,8 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
+from zimage_lit.errors import UserError
+
 
 class EMA(Callback):
     """average <- average + (1 - d) * (weights - average) after every optimiser step; kept in the checkpoint.
@@ -18,6 +20,8 @@ class EMA(Callback):
     """
 
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"EMA: decay must lie in [0, 1), not {decay}.")
         self.decay = decay
         self.warmup = warmup
         self.updates = 0

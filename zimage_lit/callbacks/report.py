@@ -12,6 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from matplotlib.figure import Figure
 
 from zimage_lit.callbacks.tinyworld_score import TinyWorldScore
+from zimage_lit.errors import at_least_one
+from zimage_lit.run_folder import write_atomically
 
 matplotlib.use("Agg")
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222}
@@ -28,14 +30,22 @@ class HTMLReport(Callback):
     """
 
     def __init__(self, every_n_steps: int = 20) -> None:
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = at_least_one("HTMLReport: every_n_steps", every_n_steps)
         self.losses: list[tuple[int, float]] = []
         self._recent: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         self._recent.append(float(outputs["loss"]))
         if trainer.global_step % self.every_n_steps == 0:
-            self.losses.append((trainer.global_step, sum(self._recent) / len(self._recent)))
+            self.add_point(trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.add_point(trainer.global_step)
+
+    def add_point(self, step: int) -> None:
+        """The mean of the losses since the last point."""
+        if self._recent:
+            self.losses.append((step, sum(self._recent) / len(self._recent)))
             self._recent = []
 
     @rank_zero_only
@@ -45,10 +55,11 @@ class HTMLReport(Callback):
             return
         folder = Path(trainer.default_root_dir)
         path = folder / "report.html"
-        path.write_text(self.page(trainer, folder), encoding="utf-8")
+        page = self.page(trainer, folder)
+        write_atomically(path, page)
         for logger in trainer.loggers:
             if hasattr(logger, "log_text"):
-                logger.log_text(path.read_text(encoding="utf-8"), "report.html")
+                logger.log_text(page, "report.html")
         rank_zero_info(f"report: {path}")
 
     def page(self, trainer: Trainer, folder: Path) -> str:

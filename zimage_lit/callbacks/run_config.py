@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from zimage_lit import __version__
-from zimage_lit.config import to_yaml
-from zimage_lit.run_folder import flatten, write_atomically, write_status
+from zimage_lit.config import flatten, to_yaml
+from zimage_lit.run_folder import write_atomically, write_status
 
 
 class RunConfig(Callback):
@@ -66,10 +66,10 @@ def compared_settings(config: dict[str, Any]) -> dict[str, Any]:
     Tags, not parameters: MLflow writes a run's parameters over every picture, and a dozen push the next run's picture
     out of sight. All settings stand in config.yaml.
     """
-    stage = config["model"]["init_args"]
+    stage, data = (config[section].get("init_args") or {} for section in ("model", "data"))
     return {
         **{key: value for key, value in stage.items() if not (isinstance(value, dict) and "class_path" in value)},
-        "batch_size": config["data"]["init_args"].get("batch_size"),
+        "batch_size": data.get("batch_size"),
         "max_steps": config["trainer"].get("max_steps"),
         "seed": config["seed_everything"],
     }

@@ -1,5 +1,6 @@
 """Pictures of fixed prompts and seeds while the model learns, step 0 included."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures
-from zimage_lit.errors import UserError
+from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.grids import labelled_grid
+from zimage_lit.run_folder import write_atomically
 
 
 class SampleGrid(Callback):
@@ -24,7 +26,7 @@ class SampleGrid(Callback):
         if not prompts:
             raise UserError("SampleGrid: prompts is empty, give at least one prompt.")
         self.prompts = list(prompts)
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = at_least_one("SampleGrid: every_n_steps", every_n_steps)
         self.seed = seed
         self.sampling = sampling or SamplingSettings()
         self._drawn_step = -1
@@ -48,9 +50,9 @@ class SampleGrid(Callback):
         self._drawn_step = step
         seeds = [self.seed + i for i in range(len(self.prompts))]
         pictures = draw_pictures(trainer, pl_module, self.sampling, self.prompts, seeds)
-        folder = Path(trainer.default_root_dir) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        labelled_grid(pictures, self.prompts).save(folder / f"step-{step:08d}.png")
+        grid = io.BytesIO()
+        labelled_grid(pictures, self.prompts).save(grid, format="png")
+        write_atomically(Path(trainer.default_root_dir) / "samples" / f"step-{step:08d}.png", grid.getvalue())
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 for place, picture in enumerate(pictures):

@@ -9,10 +9,13 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from PIL import Image
 
+from data_modules.tinyworld.captions import LANGUAGES
 from data_modules.tinyworld.verifier import judge
 from data_modules.tinyworld.world import heldout_prompts
 from evaluation.benchmarks import geneval
 from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures
+from zimage_lit.errors import UserError, at_least_one
+from zimage_lit.run_folder import write_atomically
 
 
 class TinyWorldScore(Callback):
@@ -33,8 +36,14 @@ class TinyWorldScore(Callback):
         language: str = "en",
         sampling: SamplingSettings | None = None,
     ) -> None:
-        self.prompts = heldout_prompts(prompts_per_task, seed, language)
+        if language not in LANGUAGES:
+            raise UserError(f"TinyWorldScore: language must be {' or '.join(LANGUAGES)}, not {language}.")
+        self.prompts = heldout_prompts(
+            at_least_one("TinyWorldScore: prompts_per_task", prompts_per_task), seed, language
+        )
         self.seed = seed
+        if every_n_steps is not None:
+            at_least_one("TinyWorldScore: every_n_steps", every_n_steps)
         self.every_n_steps = every_n_steps
         self.sampling = sampling or SamplingSettings()
         self.history: list[dict[str, Any]] = []  # one summary a scoring: step, overall, tasks, word
@@ -63,12 +72,9 @@ class TinyWorldScore(Callback):
         ]
         summary, verdicts = summarise(records, step)
         self.history.append(summary)
-        folder = Path(trainer.default_root_dir) / "scores"
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(
-            {**summary, "records": [{**r, **v} for r, v in zip(records, verdicts, strict=True)]}, indent=1
-        )
-        (folder / f"step-{step:08d}.json").write_text(text + "\n", encoding="utf-8")
+        judged = {**summary, "records": [{**r, **v} for r, v in zip(records, verdicts, strict=True)]}
+        path = Path(trainer.default_root_dir) / "scores" / f"step-{step:08d}.json"
+        write_atomically(path, json.dumps(judged, indent=1) + "\n")
         self.log_summary(trainer, summary, verdicts, pictures)
 
     def log_summary(

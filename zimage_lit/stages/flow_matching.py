@@ -1,5 +1,6 @@
 """Flow matching: pre-training and supervised fine-tuning of the backbone."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,20 +8,21 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from zimage_lit.backbone import S3DiT, S3DiTConfig
+from zimage_lit.backbone import S3DiT
 from zimage_lit.components import LatentCodec, TextEncoder
 from zimage_lit.errors import UserError
 from zimage_lit.objectives import flow_matching
 from zimage_lit.objectives.timesteps import TimestepLaw
 from zimage_lit.rng import generator
-from zimage_lit.stages.initial_weights import build_backbone
+from zimage_lit.stages.initial_weights import backbone_config, build_backbone, check_continues
 from zimage_lit.stages.optimizers import OptimizerSettings, build_optimizer, learning_rate_factor
 
 
 class FlowMatchingModule(LightningModule):
     """Teaches the backbone the velocity from noise to latents, given captions.
 
-    backbone: preset name or sizes.   optimizer, timesteps: None for their defaults.
+    backbone: a preset's name, or a mapping of `preset` and the sizes that differ from it.
+    optimizer, timesteps: None for their defaults.
     init_from: a checkpoint, an exported folder or `run:<mlflow run id>` to start from.
     caption_dropout: share of captions replaced by the empty one, so that guidance has an unconditional branch.
     """
@@ -29,7 +31,7 @@ class FlowMatchingModule(LightningModule):
         self,
         text_encoder: TextEncoder,
         codec: LatentCodec,
-        backbone: str | S3DiTConfig = "tiny",
+        backbone: str | dict[str, Any] = "tiny",
         optimizer: OptimizerSettings | None = None,
         timesteps: TimestepLaw | None = None,
         caption_dropout: float = 0.1,
@@ -41,7 +43,7 @@ class FlowMatchingModule(LightningModule):
             raise UserError(f"model.init_args.caption_dropout must lie in [0, 1], not {caption_dropout}.")
         self.text_encoder = text_encoder
         self.codec = codec
-        self.config = S3DiTConfig.preset(backbone) if isinstance(backbone, str) else backbone
+        self.config = backbone_config(backbone)
         self.optimizer_settings = optimizer or OptimizerSettings()
         self.timesteps = timesteps or TimestepLaw()
         self.caption_dropout = caption_dropout
@@ -51,7 +53,11 @@ class FlowMatchingModule(LightningModule):
 
     def configure_model(self) -> None:
         if self.backbone is None:
-            self.backbone = build_backbone(self.config, self.init_from, self.seed)
+            stores = [logger.tracking_uri for logger in self.loggers if hasattr(logger, "tracking_uri")]
+            self.backbone = build_backbone(self.config, self.init_from, self.seed, next(iter(stores), None))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_continues(checkpoint, self.backbone, self.optimizer_settings.name)
 
     def setup(self, stage: str) -> None:
         self.text_encoder.to(self.device)
@@ -108,9 +114,21 @@ class FlowMatchingModule(LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), limit)
         self.log("train/gradient_norm", norm)
 
+    def total_steps(self) -> int:
+        """Optimiser steps of the run, which a learning rate that decays must know; 0 where it has no end."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps != math.inf:
+            return int(steps)
+        if self.optimizer_settings.decay != "constant":
+            raise UserError(
+                f"optimizer.decay={self.optimizer_settings.decay} needs an end of training: give trainer.max_steps or "
+                "trainer.max_epochs, or set it to constant."
+            )
+        return 0
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        total_steps = self.total_steps()
         optimizer = build_optimizer(self.backbone, self.optimizer_settings)
-        total_steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, total_steps, self.optimizer_settings)
         )

@@ -1,25 +1,50 @@
-"""Where a stage's backbone comes from: fresh weights, an exported folder, a checkpoint, or an MLflow run."""
+"""Where a stage's backbone comes from: fresh weights, an exported folder, a checkpoint, or an MLflow run.
+
+What is read from checkpoints is checked here too, so that a wrong one is named before Lightning trips over it.
+"""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig
+from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError
 
+PREFIX = "backbone."  # of the backbone's tensors in a checkpoint
 
-def build_backbone(config: S3DiTConfig, init_from: str | None, seed: int) -> S3DiT:
+
+def backbone_config(settings: str | dict[str, Any]) -> S3DiTConfig:
+    """The sizes that `model.init_args.backbone` asks for: a preset's name, or `preset` and the sizes that differ.
+
+    Raises UserError for an unknown preset or size, and for a mapping without `preset`.
+    """
+    if isinstance(settings, str):
+        return S3DiTConfig.preset(settings)
+    key = "model.init_args.backbone"
+    changes = dict(settings)
+    if "preset" not in changes:
+        raise UserError(f"{key} lacks the preset that its sizes change: give {key}.preset=tiny (or another) as well.")
+    base = S3DiTConfig.preset(changes.pop("preset"))
+    return settings_from(S3DiTConfig, {**vars(base), **changes}, section=key)
+
+
+def build_backbone(config: S3DiTConfig, init_from: str | None, seed: int, tracking_uri: str | None = None) -> S3DiT:
     """A backbone of `config`'s sizes with the weights that `init_from` names, or seeded fresh ones for None.
 
-    init_from: a folder written by `save_pretrained`, a Lightning checkpoint (.ckpt), or `run:<mlflow run id>`.
+    init_from: a folder written by `save_pretrained`, a Lightning checkpoint (.ckpt), or `run:<mlflow run id>`, which is
+    looked up at `tracking_uri` (None: the environment's MLFLOW_TRACKING_URI, else outputs/mlflow.db).
     Raises UserError where nothing is found there or where its sizes are not `config`'s.
     """
     if init_from is None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return S3DiT(config)
-    path = run_checkpoint(init_from.removeprefix("run:")) if init_from.startswith("run:") else Path(init_from)
+    is_run = init_from.startswith("run:")
+    path = run_checkpoint(init_from.removeprefix("run:"), tracking_uri) if is_run else Path(init_from)
     if path.suffix == ".ckpt":
         return _from_checkpoint(config, path)
     backbone = S3DiT.from_pretrained(path)
@@ -29,26 +54,57 @@ def build_backbone(config: S3DiTConfig, init_from: str | None, seed: int) -> S3D
     return backbone
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a Lightning checkpoint holds, tensors still on disk; raises UserError for anything else."""
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint file {path}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a torn file makes the unpickler raise all kinds, none of which names the file
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): name a whole one, or start over."
+        ) from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of a training run: name one that a run has written.")
+    return checkpoint
+
+
+def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer_name: str) -> None:
+    """Raise UserError where a run of this backbone and optimiser cannot go on from the checkpoint."""
+    weights = {name: w for name, w in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
+    wrong = misfits({f"{PREFIX}{name}": weight for name, weight in backbone.state_dict().items()}, weights)
+    if wrong:
+        raise UserError(
+            f"the checkpoint to continue from is of another backbone: {len(wrong)} tensors do not fit, the first is "
+            f"{wrong[0]}; set model.init_args.backbone to its sizes, or name another checkpoint."
+        )
+    (state,) = checkpoint["optimizer_states"]
+    found = "muon" if "pair" in state else "adamw"
+    if found != optimizer_name:
+        raise UserError(
+            f"the checkpoint to continue from was trained with optimizer.name={found}, not {optimizer_name}: set it "
+            "back, or begin a new run from its weights with model.init_args.init_from."
+        )
+
+
+def misfits(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that only one of two models has, else of those whose shapes differ."""
+    either = sorted(expected.keys() ^ found.keys())
+    return either or [name for name, weight in expected.items() if found[name].shape != weight.shape]
+
+
 def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
     """The backbone's weights of a Lightning checkpoint: their average where the run kept one, else the trained ones.
 
     Raises UserError for a missing or damaged file, or one without a backbone.
     """
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a torn file makes the unpickler raise all kinds, none of which names the file
-        raise UserError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}); is the file whole?"
-        ) from error
+    checkpoint = read_checkpoint(path)
     average = checkpoint.get("callbacks", {}).get("EMA", {}).get("average")
     if average:
         return average
-    prefix = "backbone."
-    weights = {name.removeprefix(prefix): w for name, w in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    weights = {name.removeprefix(PREFIX): w for name, w in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
     if not weights:
-        raise UserError(f"{path} holds no tensors named {prefix}*, so it is not the checkpoint of a picture model.")
+        raise UserError(f"{path} holds no tensors named {PREFIX}*, so it is not the checkpoint of a picture model.")
     return weights
 
 
@@ -56,9 +112,7 @@ def _from_checkpoint(config: S3DiTConfig, path: Path) -> S3DiT:
     weights = checkpoint_weights(path)
     with torch.device("meta"):
         backbone = S3DiT(config)
-    expected = {name: parameter.shape for name, parameter in backbone.state_dict().items()}
-    wrong = sorted(set(expected) ^ set(weights)) or [n for n, shape in expected.items() if weights[n].shape != shape]
-    if wrong:
+    if wrong := misfits(backbone.state_dict(), weights):
         raise UserError(
             f"init_from={path}: {len(wrong)} tensors do not fit the experiment's backbone, the first is {wrong[0]}; "
             "set model.init_args.backbone to the sizes it was trained with."
@@ -67,14 +121,16 @@ def _from_checkpoint(config: S3DiTConfig, path: Path) -> S3DiT:
     return backbone
 
 
-def run_checkpoint(run_id: str) -> Path:
+def run_checkpoint(run_id: str, tracking_uri: str | None) -> Path:
     """The checkpoint of the run that MLflow knows as `run_id`; its tag `output_dir` says where the run was written."""
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    from zimage_lit.tracking import resolve_store
+    from zimage_lit.tracking import check_server, is_server, resolve_store
 
-    uri, _ = resolve_store(os.environ.get("MLFLOW_TRACKING_URI"), Path("outputs/any").absolute())
+    uri, _ = resolve_store(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), Path("outputs/any").absolute())
+    if is_server(uri):
+        check_server(uri)
     try:
         tags = MlflowClient(uri).get_run(run_id).data.tags
     except MlflowException as error:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from zimage_lit.errors import UserError, at_least_one
+
 
 @dataclass
 class OptimizerSettings:
@@ -22,6 +24,14 @@ class OptimizerSettings:
     weight_decay: float = 0.0  # on matrices only; norms, biases and pad tokens never decay
     warmup_steps: int = 0  # optimiser steps of linear warm-up
     decay: Literal["constant", "linear", "cosine"] = "constant"  # shape after the warm-up, down to 0 at the last step
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "muon_lr", "eps", "weight_decay", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"optimizer.{name} must be 0 or more, not {getattr(self, name)}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas must lie in [0, 1), not {list(self.betas)}.")
+        at_least_one("optimizer.muon_ns_steps", self.muon_ns_steps)
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
