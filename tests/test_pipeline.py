@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,14 @@ from zimage_lit.backbone import S3DiT, S3DiTConfig
 from zimage_lit.components import PatchPCACodec, Qwen3TextEncoder, build_tiny_qwen3
 from zimage_lit.config import to_yaml
 from zimage_lit.errors import UserError
-from zimage_lit.pipeline import SamplingDefaults, ZImagePipeline, generate_task, load_pipeline, to_picture
+from zimage_lit.pipeline import (
+    SamplingDefaults,
+    ZImagePipeline,
+    generate_task,
+    load_pipeline,
+    read_prompts,
+    to_picture,
+)
 
 PROMPTS = ["a red circle", "two blue squares and a green triangle left of them", "the word CAT"]
 QUICK = {"num_inference_steps": 3, "guidance_scale": 3.0}
@@ -199,16 +208,19 @@ def test_saving_and_loading_keeps_pictures_defaults_and_parts(own, own_folder, t
     assert {path.relative_to(tmp_path / "copy") for path in (tmp_path / "copy").rglob("*") if path.is_file()} == files
 
 
-def test_a_save_that_fails_leaves_the_older_pipeline_alone(own, own_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("writer", ["shutil.copytree", "zimage_lit.backbone.checkpoints.save_file"])
+def test_a_save_that_fails_leaves_the_older_pipeline_alone(own, own_folder, tmp_path, monkeypatch, writer):
     shutil.copytree(own_folder, tmp_path / "pipeline")
     before = {path: path.read_bytes() for path in (tmp_path / "pipeline").rglob("*") if path.is_file()}
 
-    def full_disk(*_, **__):
-        raise OSError(28, "No space left on device")
+    def full_disk(_, path, **__):
+        raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(shutil, "copytree", full_disk)
-    with pytest.raises(UserError, match=r"No space left on device.*nothing there was changed"):
+    monkeypatch.setattr(writer, full_disk)
+    named = rf"Cannot save the pipeline to {tmp_path}/pipeline \(.*No space left on device.*nothing there was changed"
+    with pytest.raises(UserError, match=named) as refusal:
         own.save_pretrained(tmp_path / "pipeline")
+    assert "partial" not in str(refusal.value)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
@@ -252,16 +264,25 @@ def test_a_spoilt_folder_is_named_in_one_sentence(own_folder, tmp_path, spoil, m
     [
         ({"height": 40}, "height=40 does not fit this model: use a multiple of 16"),
         ({"width": 0}, "width=0 does not fit"),
+        ({"height": 1040}, "height=1040 does not fit this model: use a multiple of 16 pixels, at most 1024"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be a finite number"),
+        ({"cfg_truncation": 1.5}, r"cfg_truncation must lie in \[0, 1\]"),
+        ({"cfg_normalization": -1.0}, "cfg_normalization must be a finite number from 0"),
         ({"seed": [1, 2]}, "seed has 2 entries for 1 prompts"),
+        ({"prompt": PROMPTS[:2], "seed": [1, -1]}, "seed must lie between 0 and 18446744073709551615, not -1"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 entries"),
         ({"prompt": "circle " * 600}, "at most 512"),
     ],
 )
 def test_a_wrong_call_is_refused_in_one_sentence(own, call, message):
     with pytest.raises(UserError, match=message):
-        own(**{"prompt": "a red circle", **call})
+        own(**{"prompt": "a red circle", **call}, on_step=lambda *_: pytest.fail("drawn before it was refused"))
+
+
+def test_the_largest_size_has_a_position_for_every_row(own):
+    own.check_size(1024, 16)
 
 
 def test_pixels_are_rounded_to_the_nearest_level():
@@ -306,22 +327,69 @@ def test_generate_replaces_pictures_only_when_told_and_nothing_else_ever(own_fol
     with pytest.raises(UserError, match="not empty; name another output=…, or give overwrite=true"):
         generate_task({**settings, "seed": 2})
     generate_task({**settings, "seed": 2, "overwrite": True})
-    assert {path.name for path in tmp_path.iterdir()} == {"00000-seed2.png", "grid.png", "prompts.jsonl", "notes.txt"}
+    names = {"00000-seed2.png", "grid.png", "prompts.jsonl", "notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    with pytest.raises(UserError, match="height=40"):
+        generate_task({**settings, "height": 40, "overwrite": True})
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize("record", ['{"file": "00000-se', '{"picture": "a.png"}', "[]"])
+def test_generate_replaces_nothing_where_it_is_unclear_what(own_folder, tmp_path, record):
+    (tmp_path / "prompts.jsonl").write_text(record)
+    with pytest.raises(UserError, match=r"prompts\.jsonl does not say which pictures to replace"):
+        generate_task(
+            {"checkpoint": str(own_folder), "prompts": "x", "output": str(tmp_path), "overwrite": True, "device": "cpu"}
+        )
+    assert (tmp_path / "prompts.jsonl").read_text() == record
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's disk that is always full")
+@pytest.mark.parametrize(
+    ("full", "kept"), [("prompts.jsonl", 1), ("00001-seed1.png", 1), ("grid.png", 2)], ids=["record", "picture", "grid"]
+)
+def test_generate_on_a_full_disk_keeps_what_is_written_and_says_where(own_folder, tmp_path, full, kept):
+    (tmp_path / full).symlink_to("/dev/full")
+    settings = {"prompts": "a red circle", "output": str(tmp_path), "images_per_prompt": 2, "num_inference_steps": 1}
+    with pytest.raises(
+        UserError, match=rf"Cannot write to {tmp_path} \(.*No space left.*already written there are kept"
+    ):
+        generate_task({**settings, "checkpoint": str(own_folder), "overwrite": True, "device": "cpu"})
+    pictures = [path for path in sorted(tmp_path.glob("0*.png")) if not path.is_symlink()]
+    assert [Image.open(path).text["seed"] for path in pictures] == [str(seed) for seed in range(kept)]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"prompts": "missing.txt"}, "no file missing.txt"),
+        ({"prompts": "Missing.CSV"}, "no file Missing.CSV .* a text file with one prompt a line"),
+        ({"prompts": "/"}, "no file / to read prompts from; give a text file"),
         ({"prompts": "  "}, "prompts is empty"),
         ({"prompts": "circle " * 600}, "at most 512"),
         ({"checkpoint": "nowhere"}, "no checkpoint nowhere"),
         ({"height": 40}, "height=40"),
+        ({"width": 4096}, "width=4096 .* at most 1024"),
         ({"num_inference_steps": 0}, "at least 1"),
         ({"images_per_prompt": 0}, "images_per_prompt must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be a finite number"),
+        ({"cfg_truncation": -0.5}, "cfg_truncation must lie in"),
+        ({"cfg_normalization": math.nan}, "cfg_normalization must be a finite number"),
+        ({"negative_prompt": "circle " * 600}, "at most 512"),
+        ({"seed": 10**20}, "seed=100000000000000000000 .* range of seeds, which is 0 to 18446744073709551615"),
+        ({"seed": -1}, "seed=-1 with"),
+        ({"seed": 2**64 - 1, "images_per_prompt": 2}, "images_per_prompt=2 leaves the range of seeds"),
         ({"stepz": 3}, "stepz"),
         ({"height": "tall"}, "height"),
         ({"device": "cuda:0"}, "torch finds no GPU"),
+        ({"device": "foo"}, "device=foo cannot be used here"),
+        ({"device": "meta"}, "device=meta cannot be used here"),
+        pytest.param(
+            {"device": "mps"},
+            "device=mps cannot be used here",
+            marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has one"),
+        ),
     ],
 )
 def test_generate_refuses_wrong_settings_before_writing_anything(own_folder, tmp_path, changes, message, monkeypatch):
@@ -330,6 +398,18 @@ def test_generate_refuses_wrong_settings_before_writing_anything(own_folder, tmp
     with pytest.raises(UserError, match=message):
         generate_task({**settings, **changes})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inner", ["", "inner", "inner/most"])
+def test_generate_names_the_file_that_is_in_the_way_of_its_folder(own_folder, tmp_path, inner):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=f"{tmp_path}/file is a file; name a folder"):
+        generate_task({"checkpoint": str(own_folder), "prompts": "x", "output": str(tmp_path / "file" / inner)})
+
+
+@pytest.mark.parametrize("prompt", ["a sign that says readme.md", "circle", "1.5"])
+def test_what_only_resembles_a_file_is_a_prompt(prompt):
+    assert read_prompts(prompt) == [prompt]
 
 
 def test_a_run_folder_leads_to_its_exported_pipeline(own, own_folder, tmp_path):

@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.progress import Progress
+from safetensors import SafetensorError
 from torch import Tensor
 
 from zimage_lit import sampling
 from zimage_lit.backbone import S3DiT
 from zimage_lit.components import FluxVAECodec, LatentCodec, PatchPCACodec, Qwen3TextEncoder, TextEncoder
 from zimage_lit.components.codecs import read_json
-from zimage_lit.config import read_yaml, settings_from
+from zimage_lit.config import one_line, read_yaml, settings_from
 from zimage_lit.errors import UserError
 from zimage_lit.grids import labelled_grid
 from zimage_lit.sampling.solvers import OnStep
@@ -32,6 +33,7 @@ TEXT_ENCODERS: dict[str, Callable[[Path], TextEncoder]] = {
     "Qwen3ForCausalLM": Qwen3TextEncoder,
 }
 DIFFUSERS_CLASSES = ("AutoencoderKL", "ZImageTransformer2DModel")
+PROMPT_FILES = (".txt", ".csv", ".json", ".jsonl", ".tsv", ".md")  # one word with such an ending is no prompt
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*")
 
 
@@ -120,9 +122,11 @@ class ZImagePipeline:
             self._write(partial)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
+            cause = error.__cause__ or error  # the backbone has already made a sentence of its own
+            if isinstance(cause, OSError | SafetensorError):
+                reason = str(cause).replace(partial.name, folder.name)  # the partial folder is gone
                 raise UserError(
-                    f"Cannot save the pipeline to {folder} ({error}); nothing there was changed."
+                    f"Cannot save the pipeline to {folder} ({reason}); nothing there was changed."
                 ) from error
             raise
         if folder.exists():
@@ -171,7 +175,8 @@ class ZImagePipeline:
                 then equal to a picture computed alone only up to the rounding of the network's kernels.
             on_step: called as ``on_step(index, latents)`` after every step of every batch.
 
-        Raises UserError for a size that does not fit or numbers of prompts, negatives and seeds that do not match.
+        Raises UserError for a size that does not fit, a number out of its range, or numbers of prompts, negatives and
+        seeds that do not match.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         given = {
@@ -206,15 +211,17 @@ class ZImagePipeline:
         width: int,
         num_inference_steps: int,
         guidance_scale: float = 1.0,
+        cfg_truncation: float = 1.0,
+        cfg_normalization: float = 0.0,
         batch_size: int = 1,
         **settings: Any,
     ) -> list[Tensor]:
         """Clean latents (C, H / downsample, W / downsample) float32 of each prompt; ``settings`` as in ``sample``."""
-        self.check_size(height, width)
-        for name, count in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
-            if count < 1:
-                raise UserError(f"{name} must be at least 1, not {count}.")
+        self.check_settings(
+            height, width, num_inference_steps, guidance_scale, cfg_truncation, cfg_normalization, batch_size
+        )
         shape = (self.codec.channels, height // self.codec.downsample, width // self.codec.downsample)
+        noises = sampling.noises(seeds, shape, self.device)
         captions = self.text_encoder.encode(list(prompts))
         negatives = self.text_encoder.encode(list(negative_prompts)) if guidance_scale != 1.0 else None
         finished: list[Tensor] = []
@@ -223,21 +230,43 @@ class ZImagePipeline:
             finished += sampling.sample(
                 self.backbone,
                 captions[part],
-                sampling.noises(seeds[part], shape, self.device),
+                noises[part],
                 negative_captions=negatives[part] if negatives else None,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                cfg_truncation=cfg_truncation,
+                cfg_normalization=cfg_normalization,
                 shift=self.defaults.shift,
                 **settings,
             )
         return finished
 
+    def check_settings(
+        self,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        cfg_truncation: float,
+        cfg_normalization: float,
+        batch_size: int,
+    ) -> None:
+        """Raise UserError where a call with these settings could not make pictures."""
+        self.check_size(height, width)
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size}.")
+        sampling.check_schedule(num_inference_steps, self.defaults.shift)
+        sampling.check_guidance(guidance_scale, cfg_truncation, cfg_normalization)
+
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError where pictures of this size, in pixels, cannot be made."""
         multiple = self.codec.downsample * self.backbone.config.patch_size
+        largest = multiple * min(self.backbone.config.axes_lens[1:])  # rows and columns that have a position
         for name, side in (("height", height), ("width", width)):
-            if side < multiple or side % multiple:
-                raise UserError(f"{name}={side} does not fit this model: use a multiple of {multiple} pixels.")
+            if not multiple <= side <= largest or side % multiple:
+                raise UserError(
+                    f"{name}={side} does not fit this model: use a multiple of {multiple} pixels, at most {largest}."
+                )
 
     def _write(self, folder: Path) -> None:
         codec_folder = _own_folder(self.codec, "vae")
@@ -284,11 +313,16 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def _usable_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, a GPU where there is one for None."""
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    """The device asked for, a GPU where there is one for None; UserError where torch cannot compute on it."""
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if str(chosen).startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={chosen} was asked for, but torch finds no GPU here; leave it out to run on the CPU.")
-    return chosen
+    try:
+        torch.ones(1, device=chosen).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # each kind of device has its own way to be absent
+        reason = one_line(error).partition(". ")[0]
+        raise UserError(f"device={chosen} cannot be used here ({reason}); give another one or leave it out.") from error
+    return torch.device(chosen)
 
 
 def _for_each(value: T | list[T], prompts: list[str], name: str) -> list[T]:
@@ -383,26 +417,43 @@ def generate_task(settings: dict[str, Any]) -> None:
     """Write one PNG for each prompt and seed, `prompts.jsonl` with how each was made, and `grid.png`.
 
     Each picture is written as soon as it is there, with its prompt, seed and settings inside the file.
-    Raises UserError for wrong settings, and where the output folder holds anything and `overwrite` is not set.
+    Raises UserError for wrong settings, where the output folder holds anything and `overwrite` is not set (both before
+    anything is written or removed), and where writing fails.
     """
     asked = settings_from(GenerateSettings, settings)
-    prompts = read_prompts(asked.prompts)
-    if asked.images_per_prompt < 1:
-        raise UserError(f"images_per_prompt must be at least 1, not {asked.images_per_prompt}.")
-    output = _empty_output(Path(asked.output), asked.overwrite)
+    prompts, seeds = read_prompts(asked.prompts), _seeds(asked)
+    output = Path(asked.output)
+    earlier = _earlier_pictures(output, asked.overwrite)
     pipeline = load_pipeline(asked.checkpoint, asked.device)
-    call = _sampling_arguments(asked, pipeline.defaults)
-    pipeline.check_size(call["height"], call["width"])
-    for prompt in prompts:  # one that is too long shows now, not after an hour of sampling
-        pipeline.text_encoder.encode([prompt])
+    call = _sampling_arguments(asked, pipeline)
+    for text in (*prompts, asked.negative_prompt):  # one that is too long shows now, not after an hour of sampling
+        pipeline.text_encoder.encode([text])
 
-    jobs = [(prompt, asked.seed + i) for prompt in prompts for i in range(asked.images_per_prompt)]
-    output.mkdir(parents=True, exist_ok=True)
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    try:
+        for path in earlier:
+            path.unlink(missing_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        pictures = _write_pictures(pipeline, jobs, call, output, asked.checkpoint)
+        columns = asked.images_per_prompt if asked.images_per_prompt > 1 else None
+        labelled_grid(pictures, [prompt for prompt, _ in jobs], columns).save(output / "grid.png")
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to {output} ({error}); the pictures already written there are kept: make room, or name "
+            f"another output=…."
+        ) from error
+    print(f"{len(jobs)} pictures in {output}, together in {output / 'grid.png'}")
+
+
+def _write_pictures(
+    pipeline: ZImagePipeline, jobs: list[tuple[str, int]], call: dict[str, Any], output: Path, checkpoint: str
+) -> list[Image.Image]:
+    """Draw the (prompt, seed) of every job; each picture is on disk, and in `prompts.jsonl`, as soon as it is there."""
     pictures: list[Image.Image] = []
     with Progress() as progress, (output / "prompts.jsonl").open("w", encoding="utf-8") as records:
         bar = progress.add_task("pictures", total=len(jobs))
-        for start in range(0, len(jobs), asked.batch_size):
-            batch = jobs[start : start + asked.batch_size]
+        for start in range(0, len(jobs), call["batch_size"]):
+            batch = jobs[start : start + call["batch_size"]]
             share = len(batch) / call["num_inference_steps"]
             drawn = pipeline(
                 [prompt for prompt, _ in batch],
@@ -412,14 +463,12 @@ def generate_task(settings: dict[str, Any]) -> None:
             )
             for picture, (prompt, seed) in zip(drawn, batch, strict=True):
                 name = f"{len(pictures):05d}-seed{seed}.png"
-                made = {"prompt": prompt, "seed": seed, **call, "checkpoint": asked.checkpoint}
+                made = {"prompt": prompt, "seed": seed, **call, "checkpoint": checkpoint}
                 save_picture(picture, output / name, made)
                 records.write(json.dumps({"file": name, **made}, ensure_ascii=False) + "\n")
                 records.flush()
                 pictures.append(picture)
-    columns = asked.images_per_prompt if asked.images_per_prompt > 1 else None
-    labelled_grid(pictures, [prompt for prompt, _ in jobs], columns).save(output / "grid.png")
-    print(f"{len(pictures)} pictures in {output}, together in {output / 'grid.png'}")
+    return pictures
 
 
 def load_pipeline(checkpoint: str | Path, device: str | None = None) -> ZImagePipeline:
@@ -443,10 +492,13 @@ def load_pipeline(checkpoint: str | Path, device: str | None = None) -> ZImagePi
 def read_prompts(prompts: str) -> list[str]:
     """The lines of a text file that are not blank, or the one prompt that was given."""
     if not os.path.isfile(prompts):
-        if prompts.endswith(".txt"):
-            raise UserError(f"There is no file {prompts} to read prompts from.")
         if not prompts.strip():
             raise UserError("prompts is empty: give a prompt, or a text file with one prompt a line.")
+        one_word = len(prompts.split()) == 1
+        if os.path.isdir(prompts) or (one_word and prompts.strip().lower().endswith(PROMPT_FILES)):
+            raise UserError(
+                f"There is no file {prompts} to read prompts from; give a text file with one prompt a line."
+            )
         return [prompts]
     try:
         lines = Path(prompts).read_text(encoding="utf-8-sig").splitlines()
@@ -467,33 +519,49 @@ def save_picture(picture: Image.Image, path: Path, made: dict[str, Any]) -> None
     picture.save(path, pnginfo=info)
 
 
-def _sampling_arguments(asked: GenerateSettings, defaults: SamplingDefaults) -> dict[str, Any]:
-    """Every argument of a pipeline call but prompt and seed, the model's defaults filled in."""
+def _seeds(asked: GenerateSettings) -> range:
+    """The seeds of every prompt's pictures."""
+    if asked.images_per_prompt < 1:
+        raise UserError(f"images_per_prompt must be at least 1, not {asked.images_per_prompt}.")
+    last = asked.seed + asked.images_per_prompt - 1
+    if asked.seed < 0 or last > sampling.LARGEST_SEED:
+        raise UserError(
+            f"seed={asked.seed} with images_per_prompt={asked.images_per_prompt} leaves the range of seeds, which is "
+            f"0 to {sampling.LARGEST_SEED}."
+        )
+    return range(asked.seed, last + 1)
+
+
+def _sampling_arguments(asked: GenerateSettings, pipeline: ZImagePipeline) -> dict[str, Any]:
+    """Every argument of a pipeline call but prompt and seed, the model's defaults filled in; UserError where wrong."""
     chosen = {
-        name: getattr(defaults, name) if getattr(asked, name) is None else getattr(asked, name)
+        name: getattr(pipeline.defaults, name) if getattr(asked, name) is None else getattr(asked, name)
         for name in ("height", "width", "num_inference_steps", "guidance_scale")
     }
-    if chosen["num_inference_steps"] < 1 or asked.batch_size < 1:
-        raise UserError("num_inference_steps and batch_size must both be at least 1.")
-    same = ("negative_prompt", "cfg_truncation", "cfg_normalization", "solver", "batch_size")
-    return chosen | {name: getattr(asked, name) for name in same}
+    chosen |= {name: getattr(asked, name) for name in ("cfg_truncation", "cfg_normalization", "batch_size")}
+    pipeline.check_settings(**chosen)
+    return chosen | {"negative_prompt": asked.negative_prompt, "solver": asked.solver}
 
 
-def _empty_output(output: Path, overwrite: bool) -> Path:
-    """The folder, rid of an earlier call's pictures where that is allowed; other files are never touched."""
-    if output.is_file():
-        raise UserError(f"output={output} is a file; name a folder for the pictures.")
-    index = output / "prompts.jsonl"
+def _earlier_pictures(output: Path, overwrite: bool) -> list[Path]:
+    """The pictures of an earlier call that this one replaces; UserError where the folder is not free for it."""
+    file = next((place for place in (output, *output.parents) if place.exists() and not place.is_dir()), None)
+    if file:
+        raise UserError(f"output={output}: {file} is a file; name a folder for the pictures.")
     if not output.exists() or not any(output.iterdir()):
-        return output
+        return []
     if not overwrite:
         raise UserError(
             f"{output} is not empty; name another output=…, or give overwrite=true to replace its pictures."
         )
-    if index.is_file():
-        for line in index.read_text(encoding="utf-8").splitlines():
-            (output / Path(json.loads(line)["file"]).name).unlink(missing_ok=True)
-    return output
+    index = output / "prompts.jsonl"
+    if not index.is_file():
+        return []
+    try:
+        with index.open(encoding="utf-8") as records:
+            return [output / Path(json.loads(record)["file"]).name for record in records]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{index} does not say which pictures to replace; name another output=….") from None
 
 
 def _from_training_checkpoint(path: Path, device: str | None) -> ZImagePipeline:
@@ -501,6 +569,7 @@ def _from_training_checkpoint(path: Path, device: str | None) -> ZImagePipeline:
     from zimage_lit.callbacks.sampling import SamplingSettings, stage_pipeline  # these import the pipeline themselves
     from zimage_lit.stages.initial_weights import checkpoint_weights
 
+    chosen_device = _usable_device(device)
     config_path = path.resolve().parent.parent / "config.yaml"
     if not config_path.is_file():
         raise UserError(f"{path} does not lie in a run's folder: {config_path} is missing, so its parts are unknown.")
@@ -512,8 +581,7 @@ def _from_training_checkpoint(path: Path, device: str | None) -> ZImagePipeline:
     callbacks = callbacks.values() if isinstance(callbacks, dict) else callbacks
     given = (callback.get("init_args", {}).get("sampling") for callback in callbacks)
     chosen: dict[str, Any] = next((settings for settings in given if settings), {})
-    pipeline = stage_pipeline(stage, SamplingSettings(**chosen))
-    return pipeline.to(_usable_device(device))
+    return stage_pipeline(stage, SamplingSettings(**chosen)).to(chosen_device)
 
 
 def _build_stage(settings: dict[str, Any]) -> Any:

@@ -1,6 +1,9 @@
+import math
+
 import pytest
 import torch
 
+from zimage_lit.errors import UserError
 from zimage_lit.sampling import guidance
 
 
@@ -92,3 +95,22 @@ def test_tensors_come_back_as_tensors():
 def test_guidance_without_negatives_is_refused(negatives):
     with pytest.raises(ValueError, match="one negative for each of 2 captions"):
         guidance.guided_velocity(Recorder(), CAPTIONS, negatives, guidance_scale=2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("guidance_scale", [math.nan, math.inf, -math.inf]),
+        ("cfg_truncation", [-0.1, 1.1, math.nan]),
+        ("cfg_normalization", [-1.0, math.inf, math.nan]),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(name, values):
+    for value in values:
+        with pytest.raises(UserError, match=f"{name} must .*, not {value}"):
+            guidance.guided_velocity(Recorder(), CAPTIONS, NEGATIVES, **{"guidance_scale": 2.0, name: value})
+
+
+def test_the_ends_of_the_ranges_are_allowed():
+    for truncation, normalization in ((0.0, 0.0), (1.0, 1.0)):
+        guidance.check_guidance(-1.0, truncation, normalization)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from zimage_lit.sampling import noises, sample, sigmas
+from zimage_lit.errors import UserError
+from zimage_lit.sampling import LARGEST_SEED, noises, sample, sigmas
 
 
 def backbone(latents, t, captions):
@@ -23,6 +24,13 @@ def test_noise_equals_that_of_diffusers_for_the_same_seeds():
     generators = [torch.Generator().manual_seed(seed) for seed in (42, 43)]
     theirs = randn_tensor((2, 16, 8, 8), generator=generators, dtype=torch.float32)
     assert torch.equal(torch.stack(noises([42, 43], (16, 8, 8))), theirs)
+
+
+@pytest.mark.parametrize("seed", [-1, LARGEST_SEED + 1, 10**20])
+def test_seeds_that_torch_does_not_take_are_refused(seed):
+    assert len(noises([0, LARGEST_SEED], (4, 2, 2))) == 2
+    with pytest.raises(UserError, match=f"seed must lie between 0 and {LARGEST_SEED}, not {seed}"):
+        noises([0, seed], (4, 2, 2))
 
 
 def test_a_sample_does_not_depend_on_its_batch():

@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
+from zimage_lit.errors import UserError
 from zimage_lit.sampling import sigmas
 
 
@@ -32,7 +35,10 @@ def test_runs_down_from_one_to_zero():
     assert table[0] == 1 and table[-1] == 0 and (table.diff() < 0).all()
 
 
-@pytest.mark.parametrize(("steps", "shift", "message"), [(0, 3.0, "at least 1"), (8, 0.0, "shift must be positive")])
+@pytest.mark.parametrize(
+    ("steps", "shift", "message"),
+    [(0, 3.0, "at least 1"), *((8, shift, "shift must be positive") for shift in (0.0, -1.0, math.inf, math.nan))],
+)
 def test_impossible_schedules_are_refused(steps, shift, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         sigmas(steps, shift)

@@ -10,11 +10,15 @@ from PIL import Image
 
 from zimage_lit.callbacks.ema import averaged_weights
 from zimage_lit.pipeline import ZImagePipeline
+from zimage_lit.sampling import check_guidance, check_schedule
 
 
 @dataclass
 class SamplingSettings:
-    """One set of sampling settings for grids, scores and the exported pipeline."""
+    """One set of sampling settings for grids, scores and the exported pipeline.
+
+    Raises UserError for steps, a shift or guidance that make no sense, before anything is trained.
+    """
 
     height: int = 64  # pixels
     width: int = 64  # pixels
@@ -22,6 +26,10 @@ class SamplingSettings:
     guidance_scale: float = 3.0  # 1 = none
     shift: float = 1.0  # static shift of the noise schedule
     batch_size: int = 64  # pictures drawn at once
+
+    def __post_init__(self) -> None:
+        check_schedule(self.num_inference_steps, self.shift)
+        check_guidance(self.guidance_scale)
 
 
 def stage_pipeline(pl_module: Any, settings: SamplingSettings) -> ZImagePipeline:

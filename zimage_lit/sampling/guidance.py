@@ -3,12 +3,14 @@
 Z-Image's own code and diffusers' ZImagePipeline write v = c + g·(c − u) instead: their g is w − 1.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zimage_lit.errors import UserError
 from zimage_lit.sampling.solvers import Latents
 
 Backbone = Callable[[list[Tensor], Tensor, list[Tensor]], list[Tensor]]
@@ -60,8 +62,10 @@ def guided_velocity(
 
     ``captions`` and ``negative_captions``: B features (L_i, D) each. Where guidance_scale is 1, or t > cfg_truncation,
     the unconditional branch is not evaluated at all, so such a step costs half.
-    Raises ValueError where guidance is asked for without as many negative captions as captions.
+    Raises ValueError where guidance is asked for without as many negative captions as captions, and UserError for
+    numbers that make no sense.
     """
+    check_guidance(guidance_scale, cfg_truncation, cfg_normalization)
     positives = list(captions)
     guides = guidance_scale != 1.0
     if guides and (negative_captions is None or len(negative_captions) != len(positives)):
@@ -80,6 +84,16 @@ def guided_velocity(
         return _like(latents, guided(conditional, unconditional, guidance_scale, cfg_normalization))
 
     return velocity
+
+
+def check_guidance(guidance_scale: float, cfg_truncation: float = 1.0, cfg_normalization: float = 0.0) -> None:
+    """Raise UserError for a scale that is not finite, a truncation that is no time, a length that is none."""
+    if not math.isfinite(guidance_scale):
+        raise UserError(f"guidance_scale must be a finite number (1 = none), not {guidance_scale}.")
+    if not 0 <= cfg_truncation <= 1:
+        raise UserError(f"cfg_truncation must lie in [0, 1] (1 = guidance at every step), not {cfg_truncation}.")
+    if not 0 <= cfg_normalization < math.inf:
+        raise UserError(f"cfg_normalization must be a finite number from 0 (unlimited) up, not {cfg_normalization}.")
 
 
 def _times(t: float, samples: list[Tensor]) -> Tensor:

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zimage_lit.errors import UserError
 from zimage_lit.sampling.guidance import Backbone, guided_velocity
 from zimage_lit.sampling.schedules import sigmas
 from zimage_lit.sampling.solvers import SOLVERS, OnStep
+
+LARGEST_SEED = 2**64 - 1  # torch takes no larger one, and counts negative ones down from here
 
 
 def noises(
@@ -17,8 +20,11 @@ def noises(
 
     ``shapes``: one (C, H, W) for all, or one a sample. A sample's noise depends on its seed and shape alone, neither on
     its batch nor on the device (it is drawn on the CPU), and equals what diffusers draws from
-    ``torch.Generator("cpu").manual_seed(seed)``.
+    ``torch.Generator("cpu").manual_seed(seed)``. Raises UserError for a seed below 0 or above ``LARGEST_SEED``.
     """
+    for seed in seeds:
+        if not 0 <= seed <= LARGEST_SEED:
+            raise UserError(f"seed must lie between 0 and {LARGEST_SEED}, not {seed}.")
     per_sample = [shapes] * len(seeds) if isinstance(shapes[0], int) else shapes
     return [
         torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(device)  # type: ignore[arg-type]
@@ -46,7 +52,8 @@ def sample(
     ``backbone``: ``(latents list, t (B,), captions list) -> velocities list``; ``captions``: (L_i, D) features;
     ``noises``: initial latents (C, H_i, W_i), of any sizes. ``guidance_scale`` is the standard one (1 = none).
     Mixed precision is the caller's: wrap the call in ``torch.autocast``; the state stays float32.
-    Raises ValueError for an unknown solver, and where captions, negatives and noises differ in number.
+    Raises ValueError for an unknown solver, and where captions, negatives and noises differ in number; UserError for
+    a number of steps, a shift or guidance that makes no sense.
     """
     if solver not in SOLVERS:
         raise ValueError(f"Unknown solver {solver!r}: use one of {', '.join(SOLVERS)}.")

@@ -1,7 +1,11 @@
 """Noise levels that a solver walks through."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from zimage_lit.errors import UserError
 
 
 def sigmas(num_inference_steps: int, shift: float = 1.0) -> Tensor:
@@ -9,11 +13,16 @@ def sigmas(num_inference_steps: int, shift: float = 1.0) -> Tensor:
 
     s_i = 1 − i/n, sigma_i = shift·s_i / (1 + (shift − 1)·s_i). Z-Image-Turbo is published with 8 steps and shift 3,
     Z-Image with 28–50 steps and shift 6. The network is asked at t = 1 − sigma_i for i < n, hence n evaluations.
-    Raises ValueError for less than one step or a shift that is not positive.
+    Raises UserError where there is no such schedule.
     """
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}.")
-    if not shift > 0:
-        raise ValueError(f"shift must be positive, not {shift}.")
+    check_schedule(num_inference_steps, shift)
     even = torch.arange(num_inference_steps, -1, -1, dtype=torch.float64) / num_inference_steps
     return (shift * even / (1 + (shift - 1) * even)).float()
+
+
+def check_schedule(num_inference_steps: int, shift: float) -> None:
+    """Raise UserError for less than one step or a shift that is not positive and finite."""
+    if num_inference_steps < 1:
+        raise UserError(f"num_inference_steps must be at least 1, not {num_inference_steps}.")
+    if not 0 < shift < math.inf:
+        raise UserError(f"shift must be positive and finite, not {shift}.")
