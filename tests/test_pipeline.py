@@ -375,6 +375,7 @@ def test_generate_on_a_full_disk_keeps_what_is_written_and_says_where(own_folder
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"guidance_scale": math.nan}, "guidance_scale must be a finite number"),
         ({"cfg_truncation": -0.5}, "cfg_truncation must lie in"),
+        ({"cfg_start": -0.5}, "cfg_start must lie in"),
         ({"cfg_normalization": math.nan}, "cfg_normalization must be a finite number"),
         ({"negative_prompt": "circle " * 600}, "at most 512"),
         ({"seed": 10**20}, "seed=100000000000000000000 .* range of seeds, which is 0 to 18446744073709551615"),
@@ -444,7 +445,7 @@ def run_config(own_folder, backbone):
 @pytest.mark.parametrize("averaged", [True, False])
 def test_a_training_checkpoint_is_enough_to_draw(own, own_folder, tmp_path, averaged):
     """Its run's config.yaml names the other parts; the averaged weights are preferred to the last ones."""
-    config = run_config(own_folder, dataclasses.asdict(own.backbone.config))
+    config = run_config(own_folder, {"preset": "tiny", **dataclasses.asdict(own.backbone.config)})
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     weights = own.backbone.state_dict()
@@ -452,6 +453,7 @@ def test_a_training_checkpoint_is_enough_to_draw(own, own_folder, tmp_path, aver
     checkpoint = {
         "state_dict": {f"backbone.{name}": w for name, w in (spoilt if averaged else weights).items()},
         "callbacks": {"EMA": {"updates": 3, "average": weights}} if averaged else {},
+        "pytorch-lightning_version": "2",
     }
     torch.save(checkpoint, tmp_path / "checkpoints/last.ckpt")
     pipeline = load_pipeline(tmp_path, "cpu")

@@ -39,13 +39,14 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How a model wants to be asked; `guidance_scale` in the standard convention, 1 = none."""
+    """How a model wants to be asked; `guidance_scale` in the standard convention, 1 = none, from t = `cfg_start` on."""
 
     shift: float = 3.0
     height: int = 1024
     width: int = 1024
     num_inference_steps: int = 8
     guidance_scale: float = 1.0
+    cfg_start: float = 0.0
 
     @classmethod
     def published(cls, shift: float) -> "SamplingDefaults":
@@ -63,7 +64,7 @@ class ZImagePipeline:
         backbone: the velocity network; evaluation mode is switched on.
         text_encoder: prompts -> features; codec: latents -> pictures.
         shift: static shift of the noise schedule, which belongs to the model.
-        height, width, num_inference_steps, guidance_scale: what a call uses where it does not say otherwise.
+        height, width, num_inference_steps, guidance_scale, cfg_start: what a call uses where it does not say otherwise.
 
     The same prompt, seed and settings give the same picture, whatever it is asked for together with: noise comes from
     each picture's own seed, and with ``batch_size=1`` every picture is computed alone.
@@ -80,11 +81,12 @@ class ZImagePipeline:
         width: int = 1024,
         num_inference_steps: int = 8,
         guidance_scale: float = 1.0,
+        cfg_start: float = 0.0,
     ) -> None:
         self.backbone = backbone.eval()
         self.text_encoder = text_encoder
         self.codec = codec
-        self.defaults = SamplingDefaults(shift, height, width, num_inference_steps, guidance_scale)
+        self.defaults = SamplingDefaults(shift, height, width, num_inference_steps, guidance_scale, cfg_start)
 
     @classmethod
     def from_pretrained(
@@ -155,6 +157,7 @@ class ZImagePipeline:
         guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         seed: int | list[int] = 0,
+        cfg_start: float | None = None,
         cfg_truncation: float = 1.0,
         cfg_normalization: float = 0.0,
         batch_size: int = 1,
@@ -169,7 +172,8 @@ class ZImagePipeline:
             guidance_scale: the standard one, 1 = none; the g of Z-Image's own code is this minus 1.
             negative_prompt: what guidance leads away from; None is the empty prompt.
             seed: one for each prompt, or one for all; equals ``torch.Generator("cpu").manual_seed`` in diffusers.
-            cfg_truncation: no guidance beyond this t (0 = noise, 1 = clean), which halves the cost of late steps.
+            cfg_start, cfg_truncation: no guidance before and beyond these t (0 = noise, 1 = clean), where a step then
+                costs half.
             cfg_normalization: longest a guided velocity may get, relative to the conditional one; 0 = unlimited.
             batch_size: pictures that are computed together. More than 1 is faster where pictures are small, and
                 then equal to a picture computed alone only up to the rounding of the network's kernels.
@@ -184,6 +188,7 @@ class ZImagePipeline:
             "width": width,
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
+            "cfg_start": cfg_start,
         }
         chosen: dict[str, Any] = {
             name: getattr(self.defaults, name) if value is None else value for name, value in given.items()
@@ -211,15 +216,20 @@ class ZImagePipeline:
         width: int,
         num_inference_steps: int,
         guidance_scale: float = 1.0,
+        cfg_start: float = 0.0,
         cfg_truncation: float = 1.0,
         cfg_normalization: float = 0.0,
         batch_size: int = 1,
         **settings: Any,
     ) -> list[Tensor]:
         """Clean latents (C, H / downsample, W / downsample) float32 of each prompt; ``settings`` as in ``sample``."""
-        self.check_settings(
-            height, width, num_inference_steps, guidance_scale, cfg_truncation, cfg_normalization, batch_size
-        )
+        guidance: dict[str, Any] = {
+            "guidance_scale": guidance_scale,
+            "cfg_start": cfg_start,
+            "cfg_truncation": cfg_truncation,
+            "cfg_normalization": cfg_normalization,
+        }
+        self.check_settings(height, width, num_inference_steps, batch_size, **guidance)
         shape = (self.codec.channels, height // self.codec.downsample, width // self.codec.downsample)
         noises = sampling.noises(seeds, shape, self.device)
         captions = self.text_encoder.encode(list(prompts))
@@ -233,30 +243,21 @@ class ZImagePipeline:
                 noises[part],
                 negative_captions=negatives[part] if negatives else None,
                 num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                cfg_truncation=cfg_truncation,
-                cfg_normalization=cfg_normalization,
                 shift=self.defaults.shift,
+                **guidance,
                 **settings,
             )
         return finished
 
     def check_settings(
-        self,
-        height: int,
-        width: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        cfg_truncation: float,
-        cfg_normalization: float,
-        batch_size: int,
+        self, height: int, width: int, num_inference_steps: int, batch_size: int, **guidance: float
     ) -> None:
         """Raise UserError where a call with these settings could not make pictures."""
         self.check_size(height, width)
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}.")
         sampling.check_schedule(num_inference_steps, self.defaults.shift)
-        sampling.check_guidance(guidance_scale, cfg_truncation, cfg_normalization)
+        sampling.check_guidance(**guidance)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError where pictures of this size, in pixels, cannot be made."""
@@ -406,7 +407,8 @@ class GenerateSettings:
     width: int | None = None  # pixels
     num_inference_steps: int | None = None  # steps of the solver
     guidance_scale: float | None = None  # the standard convention, 1 = none
-    cfg_truncation: float = 1.0  # no guidance beyond this t (0 = noise, 1 = clean)
+    cfg_start: float | None = None  # no guidance before this t (0 = noise, 1 = clean)
+    cfg_truncation: float = 1.0  # no guidance beyond this t
     cfg_normalization: float = 0.0  # longest guided velocity, relative to the conditional one; 0 = unlimited
     solver: Literal["euler", "heun"] = "euler"  # heun asks the network twice a step
     batch_size: int = 1  # pictures at once; more is faster for small pictures and equal up to rounding
@@ -536,7 +538,7 @@ def _sampling_arguments(asked: GenerateSettings, pipeline: ZImagePipeline) -> di
     """Every argument of a pipeline call but prompt and seed, the model's defaults filled in; UserError where wrong."""
     chosen = {
         name: getattr(pipeline.defaults, name) if getattr(asked, name) is None else getattr(asked, name)
-        for name in ("height", "width", "num_inference_steps", "guidance_scale")
+        for name in ("height", "width", "num_inference_steps", "guidance_scale", "cfg_start")
     }
     chosen |= {name: getattr(asked, name) for name in ("cfg_truncation", "cfg_normalization", "batch_size")}
     pipeline.check_settings(**chosen)

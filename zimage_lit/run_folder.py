@@ -75,7 +75,7 @@ def plan_start(run: RunSettings, config: dict[str, Any], first_process: bool) ->
         return Start(
             finished=True,
             note=f"{run.name} is finished (step {status.get('step')}, in {output_dir}): start over with"
-            " run.resume=never, or go on with a larger trainer.max_steps (a learning rate that decays rises again then)",
+            " run.resume=never, or go on with a larger trainer.max_steps (a decaying learning rate then rises again)",
         )
     return Start(checkpoint, note=f"continuing {run.name} from {checkpoint}")
 
@@ -118,7 +118,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path} ({error.strerror}): mend that, then the same command continues from the last checkpoint"
+            f"cannot write {path} ({error.strerror}): make that possible, then start the same command again"
         ) from error
 
 

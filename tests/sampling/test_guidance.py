@@ -69,11 +69,13 @@ def test_both_branches_travel_in_one_forward_with_their_own_captions():
         torch.testing.assert_close(v, u + 3.0 * (c - u))
 
 
-def test_late_steps_beyond_the_truncation_are_conditional_and_cheap():
+def test_steps_before_the_start_and_beyond_the_truncation_are_conditional_and_cheap():
     backbone = Recorder()
-    velocity = guidance.guided_velocity(backbone, CAPTIONS, NEGATIVES, guidance_scale=3.0, cfg_truncation=0.5)
-    results = {t: velocity(LATENTS, t) for t in (0.0, 0.5, 0.51, 0.9)}
-    assert backbone.batches == [4, 4, 2, 2]
+    velocity = guidance.guided_velocity(
+        backbone, CAPTIONS, NEGATIVES, guidance_scale=3.0, cfg_start=0.1, cfg_truncation=0.5
+    )
+    results = {t: velocity(LATENTS, t) for t in (0.0, 0.09, 0.1, 0.5, 0.51, 0.9)}
+    assert backbone.batches == [2, 2, 4, 4, 2, 2]
     for x, caption, v in zip(LATENTS, CAPTIONS, results[0.9], strict=True):
         torch.testing.assert_close(v, 0.9 + caption.mean() + 0.1 * x)
 
@@ -102,6 +104,7 @@ def test_guidance_without_negatives_is_refused(negatives):
     [
         ("guidance_scale", [math.nan, math.inf, -math.inf]),
         ("cfg_truncation", [-0.1, 1.1, math.nan]),
+        ("cfg_start", [-0.1, 1.1, math.nan]),
         ("cfg_normalization", [-1.0, math.inf, math.nan]),
     ],
 )

@@ -24,12 +24,13 @@ class SamplingSettings:
     width: int = 64  # pixels
     num_inference_steps: int = 20
     guidance_scale: float = 3.0  # 1 = none
+    cfg_start: float = 0.0  # no guidance before this t (0 = noise, 1 = clean)
     shift: float = 1.0  # static shift of the noise schedule
     batch_size: int = 64  # pictures drawn at once
 
     def __post_init__(self) -> None:
         check_schedule(self.num_inference_steps, self.shift)
-        check_guidance(self.guidance_scale)
+        check_guidance(self.guidance_scale, cfg_start=self.cfg_start)
 
 
 def stage_pipeline(pl_module: Any, settings: SamplingSettings) -> ZImagePipeline:
@@ -43,6 +44,7 @@ def stage_pipeline(pl_module: Any, settings: SamplingSettings) -> ZImagePipeline
         width=settings.width,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
+        cfg_start=settings.cfg_start,
     )
 
 

@@ -57,15 +57,18 @@ def guided_velocity(
     guidance_scale: float,
     cfg_truncation: float = 1.0,
     cfg_normalization: float = 0.0,
+    cfg_start: float = 0.0,
 ) -> Callable[[Any, float], Any]:
     """A velocity callable for the solvers; both branches travel in one packed forward of 2·B samples.
 
-    ``captions`` and ``negative_captions``: B features (L_i, D) each. Where guidance_scale is 1, or t > cfg_truncation,
-    the unconditional branch is not evaluated at all, so such a step costs half.
+    ``captions`` and ``negative_captions``: B features (L_i, D) each. Guidance acts where cfg_start <= t <=
+    cfg_truncation; elsewhere, and where guidance_scale is 1, the unconditional branch is not evaluated at all, so such
+    a step costs half. At high noise guidance makes pictures of one prompt alike and adds objects; source of leaving it
+    out there: Kynkäänniemi et al., "Applying Guidance in a Limited Interval", arXiv 2404.07724.
     Raises ValueError where guidance is asked for without as many negative captions as captions, and UserError for
     numbers that make no sense.
     """
-    check_guidance(guidance_scale, cfg_truncation, cfg_normalization)
+    check_guidance(guidance_scale, cfg_truncation, cfg_normalization, cfg_start)
     positives = list(captions)
     guides = guidance_scale != 1.0
     if guides and (negative_captions is None or len(negative_captions) != len(positives)):
@@ -77,7 +80,7 @@ def guided_velocity(
 
     def velocity(latents: Latents, t: float) -> Latents:
         samples = list(latents)
-        if not guides or t > cfg_truncation:
+        if not guides or not cfg_start <= t <= cfg_truncation:
             return _like(latents, backbone(samples, _times(t, samples), positives))
         both = backbone(samples * 2, _times(t, samples * 2), positives + negatives)
         conditional, unconditional = both[: len(samples)], both[len(samples) :]
@@ -86,12 +89,16 @@ def guided_velocity(
     return velocity
 
 
-def check_guidance(guidance_scale: float, cfg_truncation: float = 1.0, cfg_normalization: float = 0.0) -> None:
-    """Raise UserError for a scale that is not finite, a truncation that is no time, a length that is none."""
+def check_guidance(
+    guidance_scale: float, cfg_truncation: float = 1.0, cfg_normalization: float = 0.0, cfg_start: float = 0.0
+) -> None:
+    """Raise UserError for a scale that is not finite, a start or truncation that is no time, a length that is none."""
     if not math.isfinite(guidance_scale):
         raise UserError(f"guidance_scale must be a finite number (1 = none), not {guidance_scale}.")
     if not 0 <= cfg_truncation <= 1:
         raise UserError(f"cfg_truncation must lie in [0, 1] (1 = guidance at every step), not {cfg_truncation}.")
+    if not 0 <= cfg_start <= 1:
+        raise UserError(f"cfg_start must lie in [0, 1] (0 = guidance from the first step), not {cfg_start}.")
     if not 0 <= cfg_normalization < math.inf:
         raise UserError(f"cfg_normalization must be a finite number from 0 (unlimited) up, not {cfg_normalization}.")
 

@@ -42,6 +42,7 @@ def sample(
     shift: float = 1.0,
     guidance_scale: float = 1.0,
     negative_captions: Sequence[Tensor] | None = None,
+    cfg_start: float = 0.0,
     cfg_truncation: float = 1.0,
     cfg_normalization: float = 0.0,
     solver: str = "euler",
@@ -62,7 +63,7 @@ def sample(
             f"{len(captions)} captions were given for {len(noises)} noises; each sample needs one of both."
         )
     velocity = guided_velocity(
-        backbone, captions, negative_captions, guidance_scale, cfg_truncation, float(cfg_normalization)
+        backbone, captions, negative_captions, guidance_scale, cfg_truncation, float(cfg_normalization), cfg_start
     )
     latents = SOLVERS[solver](velocity, list(noises), sigmas(num_inference_steps, shift), on_step)
     return list(latents)
