@@ -14,8 +14,9 @@ from zimage_lit.run_folder import last_checkpoint
 class RunCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt` of the run's folder current; it is whole at every moment.
 
-    every_n_steps: optimiser steps between saves; the end of the run and an interruption save as well, and so does the
-        last step but one: what follows training (scores, an export) may fail, and is done again only where a step is.
+    every_n_steps: optimiser steps between saves; an interruption saves as well, and the end of the run when all other
+        callbacks are done. What they do there (scores, an export) may fail, and Lightning does it again only after a
+        step, so the last step but one is saved too.
     keep_every_n_steps: additionally keep `step-….ckpt` at these steps for good (a multiple of every_n_steps).
 
     Raises UserError where a save fails (a full disk, say); the checkpoint before it stays as it was.
@@ -36,9 +37,9 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        step = trainer.global_step
-        is_last_but_one = step == trainer.estimated_stepping_batches - 1
-        if step != self._saved_step and (step % self.every_n_steps == 0 or is_last_but_one):
+        step, end = trainer.global_step, trainer.estimated_stepping_batches
+        is_due = step == end - 1 or (step != end and step % self.every_n_steps == 0)
+        if is_due and step != self._saved_step:
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

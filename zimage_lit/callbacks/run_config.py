@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from zimage_lit import __version__
 from zimage_lit.config import flatten, to_yaml
+from zimage_lit.errors import UserError
 from zimage_lit.run_folder import write_atomically, write_status
 
 
@@ -56,8 +57,8 @@ class RunConfig(Callback):
         stopped = isinstance(exception, KeyboardInterrupt | SystemExit)
         try:
             write_status(self.output_dir, "stopped" if stopped else "failed", step=trainer.global_step)
-        except OSError as error:  # a full disk may be what ends the run: its own message must not be replaced
-            rank_zero_warn(f"{self.output_dir / 'run.json'} cannot be written: {error}")
+        except UserError as error:  # a full disk may be what ends the run: its own message must not be replaced
+            rank_zero_warn(str(error))
 
 
 def compared_settings(config: dict[str, Any]) -> dict[str, Any]:
