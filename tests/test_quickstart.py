@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from data_modules.tinyworld.verifier import judge
 from data_modules.tinyworld.world import draw, heldout_prompts
@@ -94,6 +96,32 @@ def test_everything_is_in_the_mlflow_store(run_folder):
     images = [file.path for file in client.list_artifacts(run.info.run_id, "images")]
     assert len([path for path in images if "prompt_00" in path and path.endswith(".png")]) == 3
     assert {"config", "scores", "report.html"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+def test_a_run_begins_from_another_one_that_mlflow_knows(run_folder, tmp_path, monkeypatch):
+    """From another folder: the store is the one that the logger's key names."""
+    from mlflow.tracking import MlflowClient
+
+    store = f"sqlite:///{run_folder}/outputs/mlflow.db"
+    (run,) = MlflowClient(store).search_runs(["1"])
+    monkeypatch.chdir(tmp_path)
+    words = [
+        *SMALL,
+        f"trainer.logger.init_args.tracking_uri={store}",
+        f"model.init_args.init_from=run:{run.info.run_id}",
+        f"data.init_args.data_dir={run_folder}/data/tinyworld",
+        "run.name=second",
+        "model.init_args.optimizer.lr=0",
+        "model.init_args.optimizer.muon_lr=0",
+        "trainer.callbacks.score=null",
+    ]
+    assert cli.main(["run", "quickstart", *words]) == 0
+    first, second = (
+        load_file(folder / "pipeline/transformer/s3dit_model.safetensors")
+        for folder in (run_folder / "outputs/quickstart", Path("outputs/second"))
+    )
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight)
 
 
 def test_a_finished_run_is_not_run_again(run_folder, monkeypatch, capsys):

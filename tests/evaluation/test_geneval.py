@@ -1,6 +1,7 @@
 """GenEval's rules against the published ones' golden vectors, and the aggregation against hand-made sums."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -11,13 +12,14 @@ import pytest
 from evaluation.benchmarks.geneval import TASKS, evaluate, filter_detections, relative_position, score, wilson_interval
 
 ROOT = Path(__file__).parents[2]
-VECTORS = ROOT.parent / "shared" / "benchmarks" / "golden" / "geneval" / "rule_vectors.json"
+BENCHMARKS = Path(os.environ.get("ZIMAGE_LIT_BENCHMARKS", ROOT.parent / "shared" / "benchmarks"))
+VECTORS = BENCHMARKS / "golden" / "geneval" / "rule_vectors.json"
 
 
 @pytest.fixture(scope="module")
 def golden():
     if not VECTORS.is_file():
-        pytest.skip("the golden vectors are not here: expected ../shared/benchmarks/golden/geneval/rule_vectors.json")
+        pytest.skip(f"there is no {VECTORS}: name the folder of the golden vectors as ZIMAGE_LIT_BENCHMARKS")
     return json.loads(VECTORS.read_text())
 
 

@@ -22,7 +22,10 @@ from zimage_lit.errors import UserError
 
 
 class S3DiT(nn.Module):
-    """Velocity network v(x_t, t, caption) for latents of any sizes in one batch."""
+    """Velocity network v(x_t, t, caption) for latents of any sizes in one batch.
+
+    All layers run on packed tokens; only laying out the latents and cutting the result apart goes sample by sample.
+    """
 
     def __init__(self, config: S3DiTConfig) -> None:
         super().__init__()

@@ -20,7 +20,6 @@ from zimage_lit.errors import UserError
 
 MAX_TOKENS = 512  # the published pipelines' limit, chat template included
 
-# The published tokenizer renders one user message like this when it is asked for a generation prompt.
 # The tiny tokenizer's own: as short as can be, for on a laptop every token counts. Qwen3's folder brings Qwen3's.
 TINY_CHAT_TEMPLATE = "{%- for message in messages %}{{- message.content + '<|im_end|>' }}{%- endfor %}"
 
