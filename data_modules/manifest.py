@@ -6,12 +6,12 @@ own: without the manifest a flipped byte would be trained on in silence.
 
 import hashlib
 import json
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from zimage_lit.errors import UserError
+from zimage_lit.files import read_json, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -45,12 +45,8 @@ def write_manifest(
         path.relative_to(data_dir).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
     }
     manifest = Manifest(name, splits, captions, settings, _fingerprint(files), files)
-    temporary = data_dir / f"{MANIFEST}.tmp"
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump({"format": FORMAT, **asdict(manifest)}, stream, indent=1, ensure_ascii=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(data_dir / MANIFEST)
+    content = {"format": FORMAT, **asdict(manifest)}
+    write_atomically(data_dir / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False))
     return manifest
 
 
@@ -65,16 +61,16 @@ def read_manifest(data_dir: Path) -> Manifest:
         raise UserError(
             f"{data_dir} has no {MANIFEST}, so its preparation never finished: delete it and prepare it again."
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content.pop("format")
-        manifest = Manifest(**content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete {data_dir} and prepare it again.") from error
+    way_out = f"delete {data_dir} and prepare it again"
+    content = read_json(path, way_out)
+    version = content.pop("format", None)
+    if version == FORMAT and content.keys() != {field.name for field in fields(Manifest)}:
+        raise UserError(f"{path} cannot be read (its keys are {', '.join(content)}): {way_out}.")
     if version != FORMAT:
-        raise UserError(
-            f"{path} has format {version} and this version reads {FORMAT}: delete {data_dir} and prepare it again."
-        )
+        raise UserError(f"{path} has format {version} and this version reads {FORMAT}: {way_out}.")
+    manifest = Manifest(**content)
+    if not isinstance(manifest.files, dict) or not isinstance(manifest.splits, dict):
+        raise UserError(f"{path} cannot be read (files and splits must be objects): {way_out}.")
     return manifest
 
 

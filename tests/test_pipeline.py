@@ -246,7 +246,7 @@ def edit(path, **changes):
         ),
         (lambda folder: shutil.rmtree(folder / "vae"), "lacks its vae/ folder"),
         (lambda folder: edit(folder / "scheduler/scheduler_config.json", use_dynamic_shifting=True), "no use_dynamic"),
-        (lambda folder: (folder / "model_index.json").write_text("{"), "not readable JSON"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), "is not JSON"),
     ],
 )
 def test_a_spoilt_folder_is_named_in_one_sentence(own_folder, tmp_path, spoil, message):

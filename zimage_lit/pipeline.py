@@ -18,10 +18,11 @@ from torch import Tensor
 from zimage_lit import sampling
 from zimage_lit.backbone import S3DiT
 from zimage_lit.components import FluxVAECodec, LatentCodec, PatchPCACodec, Qwen3TextEncoder, TextEncoder
-from zimage_lit.components.codecs import read_json
 from zimage_lit.config import one_line, read_yaml, settings_from
 from zimage_lit.errors import UserError
+from zimage_lit.files import read_json
 from zimage_lit.grids import labelled_grid
+from zimage_lit.sampling.guidance import from_published_scale
 from zimage_lit.sampling.solvers import OnStep
 
 T = TypeVar("T")
@@ -54,7 +55,7 @@ class SamplingDefaults:
 
         Z-Image's README runs 50 steps at g = 4, which is 5 in the standard convention.
         """
-        return cls(shift) if shift < 6 else cls(shift, num_inference_steps=50, guidance_scale=5.0)
+        return cls(shift) if shift < 6 else cls(shift, num_inference_steps=50, guidance_scale=from_published_scale(4))
 
 
 class ZImagePipeline:

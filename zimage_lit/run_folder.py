@@ -6,8 +6,6 @@
 """
 
 import json
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 from zimage_lit.config import RunSettings, as_typed, did_you_mean, flatten, read_yaml
 from zimage_lit.errors import UserError
+from zimage_lit.files import read_json, write_atomically
 
 # May differ between a run and its continuation: they change how long it runs and what is shown, not what is learned.
 # Everything else that differs is an error, because the checkpoint belongs to other settings.
@@ -104,36 +103,13 @@ def move_aside(output_dir: Path) -> str:
 # ---------------------------------------------------------------------------------------------------- the two files
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """A process killed in mid-write leaves the old file, never half of the new one; so does a full disk.
-
-    Raises UserError where nothing can be written there.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path} ({error.strerror}): make that possible, then start the same command again"
-        ) from error
-
-
 def write_status(output_dir: Path, status: str, step: int) -> None:
     write_atomically(output_dir / "run.json", json.dumps({"status": status, "step": step}) + "\n")
 
 
 def read_status(output_dir: Path) -> dict[str, Any]:
     path = output_dir / "run.json"
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
-        raise UserError(f"{path} is damaged: delete it to continue from the last checkpoint") from None
+    return read_json(path, "delete it to continue from the last checkpoint") if path.is_file() else {}
 
 
 def stored_config(output_dir: Path) -> dict[str, Any]:

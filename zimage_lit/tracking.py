@@ -36,6 +36,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from PIL import Image
 
 from zimage_lit.errors import UserError
+from zimage_lit.files import read_json, write_atomically
 from zimage_lit.spool import Spool, deliver, first_line
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class ResilientMLFlowLogger(MLFlowLogger):
         self.wait_at_end = wait_at_end
         uri, artifacts = resolve_store(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), self.output_dir)
         run_file = self.output_dir / RUN_FILE
-        self._known_run: dict[str, str] = json.loads(run_file.read_text()) if resume and run_file.exists() else {}
+        way_out = "delete it, and the run begins anew in MLflow"
+        self._known_run: dict[str, str] = read_json(run_file, way_out) if resume and run_file.exists() else {}
         self._logged: dict[tuple[str, int], Any] = {}
         self._hurry = threading.Event()
         self._answers = True
@@ -113,10 +115,8 @@ class ResilientMLFlowLogger(MLFlowLogger):
         resumed_run = self._resumed_run()
         self._known_run = run = resumed_run or self._created_run()
         self._run_id, self._experiment_id = run["run_id"], run["experiment_id"]
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        temporary = self.output_dir / f"{RUN_FILE}.tmp"
-        temporary.write_text(json.dumps({**run, "tracking_uri": shown(self._tracking_uri)}))
-        temporary.replace(self.output_dir / RUN_FILE)
+        note = {**run, "tracking_uri": shown(self._tracking_uri)}
+        write_atomically(self.output_dir / RUN_FILE, json.dumps(note))
         self._spool = Spool(self.output_dir / SPOOL_FOLDER / self._run_id)
         for record, _ in self._spool.read():
             if record["kind"] == "metrics":
@@ -318,7 +318,7 @@ def send_spool(output_dir: str | Path, tracking_uri: str | None = None) -> int:
     run_file = Path(output_dir) / RUN_FILE
     if not run_file.exists():
         raise UserError(f"{run_file} does not exist: name the output folder of a tracked run.")
-    run = json.loads(run_file.read_text())
+    run = read_json(run_file, "without it nobody knows which MLflow run the records belong to")
     uri = tracking_uri or run["tracking_uri"]
     spool = Spool(run_file.parent / SPOOL_FOLDER / run["run_id"])
     records = sum(1 for _ in spool.read(spool.sent))

@@ -201,7 +201,7 @@ def test_a_missing_or_unfinished_folder_is_named(noise_copy: Path) -> None:
     (noise_copy / "manifest.json").unlink()
     assert "has no manifest.json" in the_error(noise_copy)
     (noise_copy / "manifest.json").write_text("{")
-    assert f"{noise_copy / 'manifest.json'} cannot be read" in the_error(noise_copy)
+    assert f"{noise_copy / 'manifest.json'} is not JSON" in the_error(noise_copy)
 
 
 @pytest.mark.parametrize("verify", ["size", "sha256"])

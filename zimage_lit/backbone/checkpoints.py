@@ -24,6 +24,7 @@ from torch import Tensor
 
 from zimage_lit.backbone.config import S3DiTConfig
 from zimage_lit.errors import UserError
+from zimage_lit.files import parse_json, read_json
 
 if TYPE_CHECKING:
     from zimage_lit.backbone.model import S3DiT
@@ -82,7 +83,7 @@ def load(cls: type[Model], path: str | Path, dtype: torch.dtype | None = None) -
     if path.is_file():
         return load_comfyui(cls, path, dtype=dtype)
     folder = _transformer_folder(path)
-    config = _parse_config(_read_json(folder / "config.json"), str(folder / "config.json"))
+    config = _parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
     return _build(cls, config, _catalogue(_weight_files(folder)), dtype, folder)
 
 
@@ -128,7 +129,7 @@ def load_comfyui(
     stored, metadata = _catalogue([file]), _read_metadata(file)
     if config is None and CONFIG_METADATA in metadata:
         place = f"{file} (its metadata)"
-        config = _parse_config(_parse_json(metadata[CONFIG_METADATA], place), place)
+        config = _parse_config(parse_json(metadata[CONFIG_METADATA], place), place)
     patch = config.patch_size if config else S3DiTConfig().patch_size
     prefix = next(p for p in COMFYUI_PREFIXES if not p or any(key.startswith(p) for key in stored))
     parts: dict[str, StoredTensor] = {}
@@ -229,7 +230,7 @@ def _weight_files(folder: Path) -> list[Path]:
         )
     if candidates[0].suffix == ".safetensors":
         return candidates
-    index = _read_json(candidates[0])
+    index = read_json(candidates[0])
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{candidates[0]}: not an index of shards, 'weight_map' is missing; download or save it again.")
@@ -267,24 +268,6 @@ def _opened(file: Path) -> Iterator[safe_open]:
 def _read_metadata(file: Path) -> dict[str, str]:
     with _opened(file) as handle:
         return handle.metadata() or {}
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error}).") from error
-    return _parse_json(text, str(file))
-
-
-def _parse_json(text: str, place: str) -> dict:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{place} must hold a JSON object.")
-    return content
 
 
 def _parse_config(content: dict, place: str) -> S3DiTConfig:

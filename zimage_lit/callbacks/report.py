@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from zimage_lit.callbacks.tinyworld_score import TinyWorldScore
 from zimage_lit.errors import at_least_one
-from zimage_lit.run_folder import write_atomically
+from zimage_lit.files import write_atomically
 
 matplotlib.use("Agg")
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222}

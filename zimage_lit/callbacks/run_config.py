@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from zimage_lit import __version__
 from zimage_lit.config import flatten, to_yaml
 from zimage_lit.errors import UserError
-from zimage_lit.run_folder import write_atomically, write_status
+from zimage_lit.files import write_atomically
+from zimage_lit.run_folder import write_status
 
 
 class RunConfig(Callback):

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures
 from zimage_lit.errors import UserError, at_least_one
+from zimage_lit.files import write_atomically
 from zimage_lit.grids import labelled_grid
-from zimage_lit.run_folder import write_atomically
 
 
 class SampleGrid(Callback):

@@ -15,7 +15,7 @@ from data_modules.tinyworld.world import heldout_prompts
 from evaluation.benchmarks import geneval
 from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures
 from zimage_lit.errors import UserError, at_least_one
-from zimage_lit.run_folder import write_atomically
+from zimage_lit.files import write_atomically
 
 
 class TinyWorldScore(Callback):

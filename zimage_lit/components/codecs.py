@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from zimage_lit.errors import UserError
+from zimage_lit.files import read_json
 
 WEIGHTS = "model.safetensors"
 
@@ -346,23 +347,6 @@ def _check_images(images: torch.Tensor, multiple: int) -> None:
 def _check_latents(latents: torch.Tensor, channels: int) -> None:
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise ValueError(f"latents must have the shape (B, {channels}, h, w), got {tuple(latents.shape)}.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: no such file, or something else in it.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} is missing; write or download the whole folder again.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not readable JSON ({error}); write or download it again.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; write or download it again.")
-    return value
 
 
 def _read_config(folder: Path, class_name: str, required: tuple[str, ...]) -> dict[str, Any]:

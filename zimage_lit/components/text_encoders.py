@@ -15,8 +15,9 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from safetensors import SafetensorError
 
-from zimage_lit.components.codecs import as_dtype, read_json, without_autocast
+from zimage_lit.components.codecs import as_dtype, without_autocast
 from zimage_lit.errors import UserError
+from zimage_lit.files import read_json
 
 MAX_TOKENS = 512  # the published pipelines' limit, chat template included
 

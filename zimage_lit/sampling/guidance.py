@@ -21,11 +21,6 @@ def from_published_scale(g: float) -> float:
     return g + 1.0
 
 
-def to_published_scale(guidance_scale: float) -> float:
-    """The published Z-Image code's g for the house's w."""
-    return guidance_scale - 1.0
-
-
 def guided(
     conditional: Latents, unconditional: Latents, guidance_scale: float, cfg_normalization: float = 0.0
 ) -> Latents:
