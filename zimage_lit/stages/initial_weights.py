@@ -78,13 +78,13 @@ def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer_name:
             f"the checkpoint to continue from is of another backbone: {len(wrong)} tensors do not fit, the first is "
             f"{wrong[0]}; set model.init_args.backbone to its sizes, or name another checkpoint."
         )
-    (state,) = checkpoint["optimizer_states"]
-    found = "muon" if "pair" in state else "adamw"
-    if found != optimizer_name:
-        raise UserError(
-            f"the checkpoint to continue from was trained with optimizer.name={found}, not {optimizer_name}: set it "
-            "back, or begin a new run from its weights with model.init_args.init_from."
-        )
+    for state in checkpoint.get("optimizer_states", ()):
+        found = "muon" if "pair" in state else "adamw"
+        if found != optimizer_name:
+            raise UserError(
+                f"the checkpoint to continue from was trained with optimizer.name={found}, not {optimizer_name}: set it "
+                "back, or begin a new run from its weights with model.init_args.init_from."
+            )
 
 
 def misfits(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> list[str]:
