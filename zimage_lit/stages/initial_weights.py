@@ -82,8 +82,8 @@ def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer_name:
         found = "muon" if "pair" in state else "adamw"
         if found != optimizer_name:
             raise UserError(
-                f"the checkpoint to continue from was trained with optimizer.name={found}, not {optimizer_name}: set it "
-                "back, or begin a new run from its weights with model.init_args.init_from."
+                f"the checkpoint to continue from was trained with optimizer.name={found}, not {optimizer_name}: set "
+                "that back, or begin a new run from its weights with model.init_args.init_from."
             )
 
 

@@ -76,12 +76,12 @@ class StackedMuon(torch.optim.Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            by_shape: dict[torch.Size, dict[Tensor, Tensor]] = defaultdict(dict)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
-            for shape, parameters in by_shape.items():
-                gradients = [parameter.grad for parameter in parameters]
+                    by_shape[parameter.shape][parameter] = parameter.grad
+            for shape, members in by_shape.items():
+                parameters, gradients = list(members), list(members.values())
                 averages = [self.momentum_of(parameter) for parameter in parameters]
                 torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
                 looking_ahead = torch.stack(torch._foreach_lerp(gradients, averages, group["momentum"]))
