@@ -1,7 +1,8 @@
 """TinyWorld's captions: plain sentences in English and Chinese, of five kinds, that say only what the picture shows.
 
 `short` is GenEval's own phrasing and always the same; the other kinds have a few templates each, and may name colours
-that GenEval's statement leaves open.
+that GenEval's statement leaves open. `tags` count "shapes" and not circles, so that numbers are learnt apart from what
+is counted: no picture shows all counts of all classes.
 """
 
 import random
@@ -19,7 +20,7 @@ _NUMBERS = {"en": ("no", "one", "two", "three", "four"), "zh": ("零", "一", "�
 _PLURALS = {"cross": "crosses"}
 _CHINESE = {
     "circle": "圆形", "square": "正方形", "diamond": "菱形", "cross": "十字", "ring": "圆环", "moon": "月牙",
-    "red": "红色", "yellow": "黄色", "green": "绿色", "blue": "蓝色", "purple": "紫色", "pink": "粉色",
+    "shape": "图形", "red": "红色", "yellow": "黄色", "green": "绿色", "blue": "蓝色", "purple": "紫色", "pink": "粉色",
     "white": "白色", "left of": "左边", "right of": "右边", "above": "上面", "below": "下面",
 }  # fmt: skip
 
@@ -114,8 +115,8 @@ def _tags(language: str, metadata: Metadata, things: Sequence[Thing]) -> str:
         return f'word, "{metadata["text"]}"' if language == "en" else f"单词，“{metadata['text']}”"
     include = metadata["include"]
     if metadata["tag"] == "counting":
-        name, color = things[0]
-        counted = _noun(language, name, "", include[0]["count"], True)
+        _, color = things[0]
+        counted = _noun(language, "shape", "", include[0]["count"], True)
         return comma.join((counted, color if language == "en" else _CHINESE[color]))
     tags = [f"{color} {name}" if language == "en" else _CHINESE[color] + _CHINESE[name] for name, color in things]
     if "position" in include[-1]:
