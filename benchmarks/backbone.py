@@ -1,6 +1,6 @@
 """Forward and backward of our S3-DiT against diffusers' ZImageTransformer2DModel, with the same weights.
 
-    python benchmarks/backbone.py                      # CPU, two to three minutes on two cores
+    python benchmarks/backbone.py                      # CPU, about five minutes on two cores
     python benchmarks/backbone.py --device cuda --dtype bfloat16 --dim 3840 --heads 30 --layers 6
 
 Two cases: a batch of mixed lengths (image tokens 64-1024, captions 8-200) and one of equal lengths. The two networks
@@ -48,7 +48,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=2, help="dim / heads is 32, 64 or 128")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--draws", type=int, default=3, help="different mixed batches")
+    parser.add_argument("--draws", type=int, default=8, help="different mixed batches")
     parser.add_argument("--turns", type=int, default=2, help="timed turns on each batch, after one to warm up")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "bfloat16-mixed"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
