@@ -1,6 +1,6 @@
 """The README's picture from a finished quickstart: a few of its sample grids, one below the other.
 
-    python docs/tools/quickstart_picture.py outputs/quickstart docs/images/quickstart.png
+python docs/tools/quickstart_picture.py outputs/quickstart docs/images/quickstart.png
 """
 
 import sys

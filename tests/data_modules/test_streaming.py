@@ -244,7 +244,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(noise_copy: Path, num_workers
     with pytest.raises(UserError) as caught:
         list(loader)
     message = str(caught.value)
-    assert message.startswith(f"Sample id-10 in {path} cannot be read (ValueError: its image is neither PNG nor JPEG")
+    assert message.startswith(f"Sample id-10 in {path} cannot be read (Rejected: not a picture: no known format)")
     assert "\n" not in message and message.endswith("copy the file again, or prepare the data again.")
 
 
