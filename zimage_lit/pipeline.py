@@ -48,6 +48,15 @@ class SamplingDefaults:
     num_inference_steps: int = 8
     guidance_scale: float = 1.0
     cfg_start: float = 0.0
+    solver: str = "euler"
+    eta: float = 0.0
+
+    def filled(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """What was asked, with the default for each None; the default eta goes with the default solver only."""
+        chosen = {name: getattr(self, name) if value is None else value for name, value in asked.items()}
+        if asked["eta"] is None and chosen["solver"] != self.solver:
+            chosen["eta"] = 0.0
+        return chosen
 
     @classmethod
     def published(cls, shift: float) -> "SamplingDefaults":
@@ -65,7 +74,8 @@ class ZImagePipeline:
         backbone: the velocity network; evaluation mode is switched on.
         text_encoder: prompts -> features; codec: latents -> pictures.
         shift: static shift of the noise schedule, which belongs to the model.
-        height, width, num_inference_steps, guidance_scale, cfg_start: what a call uses where it does not say otherwise.
+        height, width, num_inference_steps, guidance_scale, cfg_start, solver, eta: what a call uses where it does not
+            say otherwise.
 
     The same prompt, seed and settings give the same picture, whatever it is asked for together with: noise comes from
     each picture's own seed, and with ``batch_size=1`` every picture is computed alone.
@@ -83,11 +93,15 @@ class ZImagePipeline:
         num_inference_steps: int = 8,
         guidance_scale: float = 1.0,
         cfg_start: float = 0.0,
+        solver: str = "euler",
+        eta: float = 0.0,
     ) -> None:
         self.backbone = backbone.eval()
         self.text_encoder = text_encoder
         self.codec = codec
-        self.defaults = SamplingDefaults(shift, height, width, num_inference_steps, guidance_scale, cfg_start)
+        self.defaults = SamplingDefaults(
+            shift, height, width, num_inference_steps, guidance_scale, cfg_start, solver, eta
+        )
 
     @classmethod
     def from_pretrained(
@@ -162,7 +176,8 @@ class ZImagePipeline:
         cfg_truncation: float = 1.0,
         cfg_normalization: float = 0.0,
         batch_size: int = 1,
-        solver: str = "euler",
+        solver: str | None = None,
+        eta: float | None = None,
         on_step: OnStep[list[Tensor]] | None = None,
     ) -> list[Image.Image]:
         """Pictures for one or several prompts, in their order; None stands for the model's defaults.
@@ -178,22 +193,23 @@ class ZImagePipeline:
             cfg_normalization: longest a guided velocity may get, relative to the conditional one; 0 = unlimited.
             batch_size: pictures that are computed together. More than 1 is faster where pictures are small, and
                 then equal to a picture computed alone only up to the rounding of the network's kernels.
+            solver: euler, heun (asks the network twice a step) or cps (draws some of the noise anew at each step).
+            eta: how much cps draws anew, in [0, 1].
             on_step: called as ``on_step(index, latents)`` after every step of every batch.
 
         Raises UserError for a size that does not fit, a number out of its range, or numbers of prompts, negatives and
         seeds that do not match.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        given = {
+        chosen = self.defaults.filled({
             "height": height,
             "width": width,
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "cfg_start": cfg_start,
-        }
-        chosen: dict[str, Any] = {
-            name: getattr(self.defaults, name) if value is None else value for name, value in given.items()
-        }
+            "solver": solver,
+            "eta": eta,
+        })  # fmt: skip
         latents = self.latents(
             prompts,
             _for_each("" if negative_prompt is None else negative_prompt, prompts, "negative_prompt"),
@@ -202,7 +218,6 @@ class ZImagePipeline:
             batch_size=batch_size,
             cfg_truncation=cfg_truncation,
             cfg_normalization=cfg_normalization,
-            solver=solver,
             on_step=on_step,
         )
         return [to_picture(self.codec.decode(one[None])[0]) for one in latents]
@@ -221,6 +236,8 @@ class ZImagePipeline:
         cfg_truncation: float = 1.0,
         cfg_normalization: float = 0.0,
         batch_size: int = 1,
+        solver: str = "euler",
+        eta: float = 0.0,
         **settings: Any,
     ) -> list[Tensor]:
         """Clean latents (C, H / downsample, W / downsample) float32 of each prompt; ``settings`` as in ``sample``."""
@@ -230,7 +247,7 @@ class ZImagePipeline:
             "cfg_truncation": cfg_truncation,
             "cfg_normalization": cfg_normalization,
         }
-        self.check_settings(height, width, num_inference_steps, batch_size, **guidance)
+        self.check_settings(height, width, num_inference_steps, batch_size, solver, eta, **guidance)
         shape = (self.codec.channels, height // self.codec.downsample, width // self.codec.downsample)
         noises = sampling.noises(seeds, shape, self.device)
         captions = self.text_encoder.encode(list(prompts))
@@ -242,22 +259,33 @@ class ZImagePipeline:
                 self.backbone,
                 captions[part],
                 noises[part],
+                seeds=seeds[part],
                 negative_captions=negatives[part] if negatives else None,
                 num_inference_steps=num_inference_steps,
                 shift=self.defaults.shift,
+                solver=solver,
+                eta=eta,
                 **guidance,
                 **settings,
             )
         return finished
 
     def check_settings(
-        self, height: int, width: int, num_inference_steps: int, batch_size: int, **guidance: float
+        self,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        batch_size: int,
+        solver: str,
+        eta: float,
+        **guidance: float,
     ) -> None:
         """Raise UserError where a call with these settings could not make pictures."""
         self.check_size(height, width)
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}.")
         sampling.check_schedule(num_inference_steps, self.defaults.shift)
+        sampling.check_solver(solver, eta)
         sampling.check_guidance(**guidance)
 
     def check_size(self, height: int, width: int) -> None:
@@ -411,7 +439,8 @@ class GenerateSettings:
     cfg_start: float | None = None  # no guidance before this t (0 = noise, 1 = clean)
     cfg_truncation: float = 1.0  # no guidance beyond this t
     cfg_normalization: float = 0.0  # longest guided velocity, relative to the conditional one; 0 = unlimited
-    solver: Literal["euler", "heun"] = "euler"  # heun asks the network twice a step
+    solver: Literal["euler", "heun", "cps"] | None = None  # heun asks the network twice a step, cps adds noise
+    eta: float | None = None  # share of the noise that cps draws anew, 0 to 1
     batch_size: int = 1  # pictures at once; more is faster for small pictures and equal up to rounding
     device: str | None = None  # cpu, cuda, cuda:1, …; a GPU where there is one
 
@@ -537,13 +566,11 @@ def _seeds(asked: GenerateSettings) -> range:
 
 def _sampling_arguments(asked: GenerateSettings, pipeline: ZImagePipeline) -> dict[str, Any]:
     """Every argument of a pipeline call but prompt and seed, the model's defaults filled in; UserError where wrong."""
-    chosen = {
-        name: getattr(pipeline.defaults, name) if getattr(asked, name) is None else getattr(asked, name)
-        for name in ("height", "width", "num_inference_steps", "guidance_scale", "cfg_start")
-    }
+    of_the_model = ("height", "width", "num_inference_steps", "guidance_scale", "cfg_start", "solver", "eta")
+    chosen = pipeline.defaults.filled({name: getattr(asked, name) for name in of_the_model})
     chosen |= {name: getattr(asked, name) for name in ("cfg_truncation", "cfg_normalization", "batch_size")}
     pipeline.check_settings(**chosen)
-    return chosen | {"negative_prompt": asked.negative_prompt, "solver": asked.solver}
+    return chosen | {"negative_prompt": asked.negative_prompt}
 
 
 def _earlier_pictures(output: Path, overwrite: bool) -> list[Path]:

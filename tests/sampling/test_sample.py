@@ -42,6 +42,31 @@ def test_a_sample_does_not_depend_on_its_batch():
         assert torch.equal(latents, alone[0])
 
 
+def test_noise_drawn_anew_belongs_to_the_sample_and_not_to_its_batch():
+    starts = noises([1, 2, 3], [(4, 2, 2), (4, 2, 4), (4, 6, 2)])
+    settings = {"num_inference_steps": 4, "solver": "cps", "eta": 0.5}
+    together = sample(backbone, CAPTIONS, starts, seeds=[1, 2, 3], **settings)
+    for i, latents in enumerate(together):
+        assert torch.equal(latents, sample(backbone, [CAPTIONS[i]], [starts[i]], seeds=[i + 1], **settings)[0])
+    other = sample(backbone, CAPTIONS, starts, seeds=[1, 2, 4], **settings)
+    assert torch.equal(other[0], together[0]) and not torch.equal(other[2], together[2])
+    with pytest.raises(ValueError, match="needs the seed of each of 3 samples"):
+        sample(backbone, CAPTIONS, starts, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"solver": "rk4"}, "solver must be one of euler, heun, cps, not rk4"),
+        ({"solver": "cps", "eta": 1.5}, r"eta must lie in \[0, 1\]"),
+        ({"solver": "heun", "eta": 0.5}, "eta=0.5 means nothing to the solver heun"),
+    ],
+)
+def test_a_solver_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        sample(backbone, CAPTIONS[:1], noises([0], (4, 2, 2)), num_inference_steps=2, **settings)
+
+
 def test_the_sampling_loop_is_euler_over_the_shifted_schedule():
     (start,) = noises([0], (4, 2, 2))
     x, levels = start.clone(), sigmas(3, 6.0)
@@ -62,7 +87,7 @@ def test_no_graph_is_kept():
 
 @pytest.mark.parametrize(
     ("captions", "settings", "message"),
-    [(CAPTIONS[:1], {"solver": "rk4"}, "one of euler, heun"), (CAPTIONS, {}, "3 captions were given for 1 noises")],
+    [(CAPTIONS, {}, "3 captions were given for 1 noises"), (CAPTIONS[:2], {}, "2 captions were given for 1 noises")],
 )
 def test_wrong_calls_are_refused(captions, settings, message):
     with pytest.raises(ValueError, match=message):

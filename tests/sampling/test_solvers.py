@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zimage_lit.sampling import sigmas
-from zimage_lit.sampling.solvers import euler, heun
+from zimage_lit.sampling.solvers import cps, euler, heun
 
 SOLVERS = {"euler": (euler, 1), "heun": (heun, 2)}
 
@@ -130,6 +130,39 @@ def test_the_network_is_asked_at_t_below_one_only(name, evaluations):
     SOLVERS[name][0](lambda x, t: times.append(t) or x, torch.zeros(1, 1, 1, 1), sigmas(4, 3.0))
     assert len(times) == evaluations
     assert min(times) == 0 and max(times) < 1
+
+
+def fresh_noise(latents):
+    def draw(step):
+        return [torch.randn(x.shape, generator=torch.Generator().manual_seed(step), dtype=x.dtype) for x in latents]
+
+    return draw
+
+
+def test_cps_without_fresh_noise_is_eulers_method():
+    mixture, levels = two_dimensional(), sigmas(6, 3.0)
+    noise = torch.randn(50, 2, dtype=torch.float64)
+    end = cps(mixture.velocity, noise, levels, eta=0.0, fresh_noise=lambda step: torch.randn_like(noise))
+    torch.testing.assert_close(end, euler(mixture.velocity, noise, levels))
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_cps_is_its_formula_written_out(eta):
+    """Also for lists: clean and noise as the velocity says, part of the noise replaced, mixed at the next level."""
+    latents, levels = [torch.randn(4, 2, 2), torch.randn(4, 2, 6)], sigmas(3, 2.0).tolist()
+    draw, seen = fresh_noise(latents), []
+    ends = cps(
+        lambda xs, t: [t - 0.5 * x for x in xs], latents, levels, lambda i, x: seen.append(i), eta=eta, fresh_noise=draw
+    )
+    for place, x in enumerate(latents):
+        for i in range(3):
+            v = (1 - levels[i]) - 0.5 * x
+            clean, noise = x + levels[i] * v, x - (1 - levels[i]) * v
+            share = math.sin(eta * math.pi / 2)
+            noise = math.sqrt(1 - share**2) * noise + share * draw(i)[place]
+            x = (1 - levels[i + 1]) * clean + levels[i + 1] * noise
+        torch.testing.assert_close(ends[place], x)
+    assert seen == [0, 1, 2]
 
 
 def test_the_state_is_float32_when_the_network_is_not():

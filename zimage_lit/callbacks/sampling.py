@@ -10,7 +10,7 @@ from PIL import Image
 
 from zimage_lit.callbacks.ema import averaged_weights
 from zimage_lit.pipeline import ZImagePipeline
-from zimage_lit.sampling import check_guidance, check_schedule
+from zimage_lit.sampling import check_guidance, check_schedule, check_solver
 
 
 @dataclass
@@ -26,10 +26,13 @@ class SamplingSettings:
     guidance_scale: float = 3.0  # 1 = none
     cfg_start: float = 0.0  # no guidance before this t (0 = noise, 1 = clean)
     shift: float = 1.0  # static shift of the noise schedule
+    solver: str = "euler"  # euler, heun or cps
+    eta: float = 0.0  # share of the noise that cps draws anew at each step
     batch_size: int = 64  # pictures drawn at once
 
     def __post_init__(self) -> None:
         check_schedule(self.num_inference_steps, self.shift)
+        check_solver(self.solver, self.eta)
         check_guidance(self.guidance_scale, cfg_start=self.cfg_start)
 
 
@@ -45,6 +48,8 @@ def stage_pipeline(pl_module: Any, settings: SamplingSettings) -> ZImagePipeline
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         cfg_start=settings.cfg_start,
+        solver=settings.solver,
+        eta=settings.eta,
     )
 
 

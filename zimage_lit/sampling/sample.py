@@ -1,11 +1,12 @@
 """From noise to clean latents: the one loop that stages' callbacks and the pipeline share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from zimage_lit.errors import UserError
+from zimage_lit.rng import generator
 from zimage_lit.sampling.guidance import Backbone, guided_velocity
 from zimage_lit.sampling.schedules import sigmas
 from zimage_lit.sampling.solvers import SOLVERS, OnStep
@@ -46,18 +47,20 @@ def sample(
     cfg_truncation: float = 1.0,
     cfg_normalization: float = 0.0,
     solver: str = "euler",
+    eta: float = 0.0,
+    seeds: Sequence[int] | None = None,
     on_step: OnStep[list[Tensor]] | None = None,
 ) -> list[Tensor]:
     """Clean latents for B captions, list of (C, H, W) float32.
 
     ``backbone``: ``(latents list, t (B,), captions list) -> velocities list``; ``captions``: (L_i, D) features;
     ``noises``: initial latents (C, H_i, W_i), of any sizes. ``guidance_scale`` is the standard one (1 = none).
+    ``eta`` and ``seeds``: of the solver cps alone, how much noise it draws anew, and each sample's seed of that noise.
     Mixed precision is the caller's: wrap the call in ``torch.autocast``; the state stays float32.
-    Raises ValueError for an unknown solver, and where captions, negatives and noises differ in number; UserError for
-    a number of steps, a shift or guidance that makes no sense.
+    Raises ValueError where captions, negatives, noises and seeds differ in number; UserError for an unknown solver, and
+    for an eta, a number of steps, a shift or guidance that makes no sense.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"Unknown solver {solver!r}: use one of {', '.join(SOLVERS)}.")
+    check_solver(solver, eta)
     if len(captions) != len(noises):
         raise ValueError(
             f"{len(captions)} captions were given for {len(noises)} noises; each sample needs one of both."
@@ -65,5 +68,30 @@ def sample(
     velocity = guided_velocity(
         backbone, captions, negative_captions, guidance_scale, cfg_truncation, float(cfg_normalization), cfg_start
     )
-    latents = SOLVERS[solver](velocity, list(noises), sigmas(num_inference_steps, shift), on_step)
+    options = {"eta": eta, "fresh_noise": _fresh_noise(noises, seeds)} if solver == "cps" else {}
+    latents = SOLVERS[solver](velocity, list(noises), sigmas(num_inference_steps, shift), on_step, **options)
     return list(latents)
+
+
+def check_solver(solver: str, eta: float = 0.0) -> None:
+    """Raise UserError for an unknown solver, and for an eta that it cannot use."""
+    if solver not in SOLVERS:
+        raise UserError(f"solver must be one of {', '.join(SOLVERS)}, not {solver}.")
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta must lie in [0, 1] (0 = nothing drawn anew), not {eta}.")
+    if eta and solver != "cps":
+        raise UserError(f"eta={eta} means nothing to the solver {solver}: give solver=cps, or eta=0.")
+
+
+def _fresh_noise(noises: Sequence[Tensor], seeds: Sequence[int] | None) -> Callable[[int], list[Tensor]]:
+    """Noise of the samples for a step: a pure function of each one's seed, like its first noise."""
+    if seeds is None or len(seeds) != len(noises):
+        raise ValueError(f"The solver cps needs the seed of each of {len(noises)} samples.")
+
+    def draw(step: int) -> list[Tensor]:
+        return [
+            torch.randn(noise.shape, generator=generator(seed, "cps", step)).to(noise.device)
+            for noise, seed in zip(noises, seeds, strict=True)
+        ]
+
+    return draw

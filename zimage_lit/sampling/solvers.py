@@ -6,6 +6,7 @@ Python float t in [0, 1) that holds for all samples; it returns velocities of th
 whatever precision the network runs in.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -58,13 +59,47 @@ def heun(
     return latents
 
 
-SOLVERS: dict[str, Callable[..., Any]] = {"euler": euler, "heun": heun}
+def cps(
+    velocity: Velocity[Latents],
+    latents: Latents,
+    sigmas: Tensor | Sequence[float],
+    on_step: OnStep[Latents] | None = None,
+    *,
+    eta: float,
+    fresh_noise: Callable[[int], Latents],
+) -> Latents:
+    """Euler's step, but of the noise that is left the share sin(eta·π/2) is drawn anew, so that early errors heal.
+
+    x ← (1 − sigma_next)·x̂1 + sigma_next·(cos(eta·π/2)·x̂0 + sin(eta·π/2)·fresh), with x̂1 and x̂0 the clean sample and the
+    noise that v points to. ``fresh_noise(i)``: standard normal of the latents' form for step i. eta = 0 is Euler's
+    method, eta in [0, 1]. Unlike a stochastic differential equation it does not keep the distribution as it is: samples
+    contract a little. Source: Coefficients-Preserving Sampling, arXiv 2509.05952.
+    """
+    latents = _full_precision(latents)
+    kept, drawn = math.cos(eta * math.pi / 2), math.sin(eta * math.pi / 2)
+    for i, (sigma, sigma_next) in enumerate(pairwise(_floats(sigmas))):
+        slope = velocity(latents, 1 - sigma)
+        clean, noise = _advance(latents, slope, sigma), _advance(latents, slope, sigma - 1)
+        noise = _mixed(noise, kept, fresh_noise(i), drawn)
+        latents = _mixed(clean, 1 - sigma_next, noise, sigma_next)
+        if on_step is not None:
+            on_step(i, latents)
+    return latents
+
+
+SOLVERS: dict[str, Callable[..., Any]] = {"euler": euler, "heun": heun, "cps": cps}
 
 
 def _advance(latents: Latents, velocity: Latents, step: float) -> Latents:
     if isinstance(latents, Tensor):
         return latents + step * velocity.to(latents.dtype)
     return [x + step * v.to(x.dtype) for x, v in zip(latents, velocity, strict=True)]
+
+
+def _mixed(first: Latents, weight: float, second: Latents, other_weight: float) -> Latents:
+    if isinstance(first, Tensor):
+        return weight * first + other_weight * second.to(first.dtype)
+    return [weight * x + other_weight * y.to(x.dtype) for x, y in zip(first, second, strict=True)]
 
 
 def _full_precision(latents: Latents) -> Latents:
