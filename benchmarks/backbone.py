@@ -48,7 +48,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=2, help="dim / heads is 32, 64 or 128")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--draws", type=int, default=8, help="different mixed batches")
+    parser.add_argument("--draws", type=int, default=8, help="different batches of each case")
     parser.add_argument("--turns", type=int, default=2, help="timed turns on each batch, after one to warm up")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "bfloat16-mixed"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -65,7 +65,7 @@ def compare(options: argparse.Namespace, case: str) -> dict[str, float]:
     theirs.load_state_dict(ours.state_dict())
     runs: dict[str, Run] = {"ours": ours, "diffusers": as_ours(theirs)}
     seconds: dict[str, list[float]] = {"ours": [], "diffusers": []}
-    batches = [draw_batch(options, case, draw) for draw in range(options.draws if case == "mixed" else 1)]
+    batches = [draw_batch(options, case, draw) for draw in range(options.draws)]
     for batch in batches:
         check_agreement(runs, batch, options)
         for _ in range(options.turns):
@@ -194,7 +194,7 @@ def memory_in_own_process(options: argparse.Namespace, name: str, case: str) -> 
 def peak_memory(options: argparse.Namespace, name: str, case: str) -> float:
     """MiB that the largest step takes beyond the built network."""
     run: Run = build_ours(options) if name == "ours" else as_ours(build_theirs(options))
-    batches = [draw_batch(options, case, draw) for draw in range(options.draws if case == "mixed" else 1)]
+    batches = [draw_batch(options, case, draw) for draw in range(options.draws)]
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
