@@ -98,6 +98,20 @@ def test_callbacks_are_changed_and_removed_by_name_and_handed_on_as_a_list(exper
     assert "(did you mean 'two'?)" in refused(compose, "top", ["trainer.callbacks.wto=null"])
 
 
+def test_what_others_take_from_a_removed_callback_stays(experiments: Path) -> None:
+    one = "{class_path: a.One, init_args: {steps: 20, file: '???'}}"
+    two = "{class_path: a.Two, init_args: {steps: '${trainer.callbacks.one.init_args.steps}'}}"
+    write(experiments, "base", f"trainer: {{callbacks: {{one: {one}, two: {two}}}}}")
+    composed = compose("base", ["trainer.callbacks.one=null"])
+    assert composed["trainer"]["callbacks"] == {"two": {"class_path": "a.Two", "init_args": {"steps": 20}}}
+    assert "trainer.callbacks.one.init_args.file has no value" in refused(compose, "base")
+    write(experiments, "without", "defaults: [base]\ntrainer: {callbacks: {one: null}}")
+    assert "cannot be removed" in refused(compose, "without", ["trainer.callbacks.one=null"])
+    again = compose("without", ["trainer.callbacks.one.class_path=a.One", "trainer.callbacks.one.init_args.steps=3"])
+    assert again["trainer"]["callbacks"]["one"] == {"class_path": "a.One", "init_args": {"steps": 3}}
+    assert again["trainer"]["callbacks"]["two"]["init_args"] == {"steps": 3}
+
+
 def test_a_plain_list_of_callbacks_is_handed_on_unchanged(experiments: Path) -> None:
     write(experiments, "top", "trainer: {callbacks: [{class_path: a.One}]}")
     assert callback_list(compose("top"))["trainer"]["callbacks"] == [{"class_path": "a.One"}]

@@ -61,6 +61,8 @@ def compose(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     layers = [(layer.values, str(layer.path)) for layer in load_layers(name)]
     for values, source in [*layers, (parse_overrides(overrides), "the command line")]:
         config, removed = add_layer(config, removed, values, source)
+    for name in removed:  # nobody needs to give the values that only a removed callback asks for
+        callbacks_of(config)[name] = without_gaps(callbacks_of(config)[name])
     return without_callbacks(resolve(config), removed)
 
 
@@ -202,6 +204,12 @@ def add_layer(
 def callbacks_of(config: dict[str, Any]) -> Any:
     trainer = config.get("trainer")
     return trainer.get("callbacks") if isinstance(trainer, dict) else None
+
+
+def without_gaps(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_gaps(inner) for key, inner in value.items()}
+    return None if value == "???" else value
 
 
 def without_callbacks(config: dict[str, Any], names: set[str]) -> dict[str, Any]:
