@@ -63,6 +63,14 @@ def is_block_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and (".attention." in name or ".feed_forward." in name)
 
 
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What the closure of an optimiser step returns, None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class StackedMuon(torch.optim.Muon):
     """torch's Muon with the same results, but matrices of one shape are orthogonalised together, which is faster.
 
@@ -71,10 +79,7 @@ class StackedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             by_shape: dict[torch.Size, dict[Tensor, Tensor]] = defaultdict(dict)
             for parameter in group["params"]:
@@ -128,10 +133,7 @@ class OptimizerPair(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for optimizer in self.pair:
             optimizer.step()
         return loss
