@@ -26,7 +26,6 @@ EXTENSIONS = {
     "JPEG2000": (".jp2", ".j2k", ".jpx"),
     "TGA": (".tga",),
 }
-SUFFIXES = frozenset(suffix for suffixes in EXTENSIONS.values() for suffix in suffixes)
 LARGEST = 200_000_000  # pixels; more is taken for a decompression bomb
 
 
@@ -53,9 +52,7 @@ def read_picture(content: bytes, name: str, smallest: int = 1, largest: int = LA
         raise
     except UnidentifiedImageError:
         raise Rejected("not a picture: no known format") from None
-    except (
-        Exception
-    ) as error:  # on broken bytes Pillow's decoders raise OSError, SyntaxError, struct.error, EOFError, …
+    except Exception as error:  # on broken bytes Pillow's decoders raise OSError, SyntaxError, EOFError and others
         raise Rejected(f"broken picture: {error}") from None
     return _as_rgb(picture)
 

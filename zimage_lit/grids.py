@@ -1,5 +1,6 @@
 """Grids of pictures with their prompts, for people."""
 
+import io
 import textwrap
 from collections.abc import Sequence
 
@@ -27,6 +28,13 @@ def labelled_grid(
         grid.paste(picture, (x, y))
         draw.multiline_text((x, y + picture.height + 2), "\n".join(label), fill="black", font=font, spacing=2)
     return grid
+
+
+def encoded(picture: Image.Image, form: str) -> bytes:
+    """The bytes of a file in the format `form`, PNG or WEBP for example."""
+    buffer = io.BytesIO()
+    picture.save(buffer, form)
+    return buffer.getvalue()
 
 
 def _scaled(picture: Image.Image, cell: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from zimage_lit import sampling
 from zimage_lit.backbone import S3DiT
 from zimage_lit.components import FluxVAECodec, LatentCodec, PatchPCACodec, Qwen3TextEncoder, TextEncoder
 from zimage_lit.config import one_line, read_yaml, settings_from
-from zimage_lit.errors import UserError
+from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import read_json
 from zimage_lit.grids import labelled_grid
 from zimage_lit.sampling.guidance import from_published_scale
@@ -282,8 +282,7 @@ class ZImagePipeline:
     ) -> None:
         """Raise UserError where a call with these settings could not make pictures."""
         self.check_size(height, width)
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, not {batch_size}.")
+        at_least_one("batch_size", batch_size)
         sampling.check_schedule(num_inference_steps, self.defaults.shift)
         sampling.check_solver(solver, eta)
         sampling.check_guidance(**guidance)
@@ -553,9 +552,7 @@ def save_picture(picture: Image.Image, path: Path, made: dict[str, Any]) -> None
 
 def _seeds(asked: GenerateSettings) -> range:
     """The seeds of every prompt's pictures."""
-    if asked.images_per_prompt < 1:
-        raise UserError(f"images_per_prompt must be at least 1, not {asked.images_per_prompt}.")
-    last = asked.seed + asked.images_per_prompt - 1
+    last = asked.seed + at_least_one("images_per_prompt", asked.images_per_prompt) - 1
     if asked.seed < 0 or last > sampling.LARGEST_SEED:
         raise UserError(
             f"seed={asked.seed} with images_per_prompt={asked.images_per_prompt} leaves the range of seeds, which is "

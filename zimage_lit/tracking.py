@@ -7,7 +7,6 @@ what could not be sent is sent when the run is resumed or by `python -m zimage_l
 
 import atexit
 import fcntl
-import io
 import json
 import logging
 import math
@@ -37,6 +36,7 @@ from PIL import Image
 
 from zimage_lit.errors import UserError
 from zimage_lit.files import read_json, write_atomically
+from zimage_lit.grids import encoded
 from zimage_lit.spool import Spool, deliver, first_line
 
 log = logging.getLogger(__name__)
@@ -398,12 +398,6 @@ def shorten_retries() -> None:
 def allowed(name: str) -> str:
     """The name with what MLflow refuses replaced by an underscore."""
     return re.sub(r"[^\w/. -]", "_", name, flags=re.ASCII)
-
-
-def encoded(picture: Image.Image, form: str) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, form)
-    return buffer.getvalue()
 
 
 def small_copy(picture: Image.Image) -> bytes:

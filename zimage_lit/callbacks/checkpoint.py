@@ -1,5 +1,6 @@
 """Checkpoints that survive a kill and a full disk: written beside the old one, then swapped in one move."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,15 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep_every_n_steps = keep_every_n_steps
         self._saved_step = 0
+        self._end: float = math.inf  # the run's last step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
+        self._end = trainer.estimated_stepping_batches
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        step, end = trainer.global_step, trainer.estimated_stepping_batches
-        is_due = step == end - 1 or (step != end and step % self.every_n_steps == 0)
+        step = trainer.global_step
+        is_due = step == self._end - 1 or (step != self._end and step % self.every_n_steps == 0)
         if is_due and step != self._saved_step:
             self.save(trainer)
 

@@ -1,6 +1,5 @@
 """Pictures of fixed prompts and seeds while the model learns, step 0 included."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import write_atomically
-from zimage_lit.grids import labelled_grid
+from zimage_lit.grids import encoded, labelled_grid
 
 
 class SampleGrid(Callback):
@@ -50,9 +49,8 @@ class SampleGrid(Callback):
         self._drawn_step = step
         seeds = [self.seed + i for i in range(len(self.prompts))]
         pictures = draw_pictures(trainer, pl_module, self.sampling, self.prompts, seeds)
-        grid = io.BytesIO()
-        labelled_grid(pictures, self.prompts).save(grid, format="png")
-        write_atomically(Path(trainer.default_root_dir) / "samples" / f"step-{step:08d}.png", grid.getvalue())
+        grid = encoded(labelled_grid(pictures, self.prompts), "PNG")
+        write_atomically(Path(trainer.default_root_dir) / "samples" / f"step-{step:08d}.png", grid)
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 for place, picture in enumerate(pictures):

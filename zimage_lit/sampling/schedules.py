@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from zimage_lit.errors import UserError
+from zimage_lit.errors import UserError, at_least_one
 
 
 def sigmas(num_inference_steps: int, shift: float = 1.0) -> Tensor:
@@ -22,7 +22,6 @@ def sigmas(num_inference_steps: int, shift: float = 1.0) -> Tensor:
 
 def check_schedule(num_inference_steps: int, shift: float) -> None:
     """Raise UserError for less than one step or a shift that is not positive and finite."""
-    if num_inference_steps < 1:
-        raise UserError(f"num_inference_steps must be at least 1, not {num_inference_steps}.")
+    at_least_one("num_inference_steps", num_inference_steps)
     if not 0 < shift < math.inf:
         raise UserError(f"shift must be positive and finite, not {shift}.")
