@@ -181,6 +181,19 @@ def test_tiny_tokenizer_keeps_words_and_spells_the_rest(folder: Path) -> None:
     assert tokenizer.convert_ids_to_tokens(encoder.tokenize([""])[0]) == ["<|im_end|>"]
 
 
+def test_tiny_tokenizer_cuts_plurals_of_known_words_in_two(tmp_path: Path) -> None:
+    captions = ["a photo of a circle", "three circles, two crosses", "a cross shows this", "two glass shapes"]
+    encoder = build_tiny_qwen3(tmp_path, captions)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+
+    def tokens(prompt: str) -> list[str]:
+        return list(tokenizer.convert_ids_to_tokens(encoder.tokenize([prompt])[0]))[:-1]
+
+    assert tokens("two circles") == ["two", "circle", "s"]
+    assert tokens("three crosses, a cross") == ["three", "cross", "es", ",", "a", "cross"]
+    assert tokens("this shows glass shapes") == ["this", "shows", "glass", "shapes"]  # no caption has their singular
+
+
 def test_tiny_qwen3_is_a_function_of_its_input(folder: Path, tmp_path: Path) -> None:
     state = torch.get_rng_state()
     build_tiny_qwen3(tmp_path / "same", reversed(CAPTIONS))

@@ -35,20 +35,21 @@ class _ScaledRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, rotation: Tensor | None) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # a product would be cast by autocast
         inverse_rms = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms, rotation)
-        scaled = (x * inverse_rms).mul_(weight)
+        scaled = (wide * inverse_rms).mul_(weight)
         return (scaled if rotation is None else rotate_(scaled, rotation)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, inverse_rms, rotation = ctx.saved_tensors
+        wide = x.to(inverse_rms.dtype)
+        gradient = gradient.to(wide.dtype, copy=True, memory_format=torch.contiguous_format)
         if rotation is not None:
-            turned = gradient.to(inverse_rms.dtype, copy=True, memory_format=torch.contiguous_format)
-            gradient = rotate_(turned, rotation.conj())
-        product = (gradient * x).to(inverse_rms.dtype)
+            rotate_(gradient, rotation.conj())
+        product = gradient * wide
         if weight.ndim == 1:  # sums along rows and columns as products with vectors: one reading each
             weight_gradient = inverse_rms.flatten() @ product.flatten(0, -2)
             along = (product @ weight).unsqueeze(-1)
@@ -56,5 +57,5 @@ class _ScaledRMSNorm(torch.autograd.Function):
             weight_gradient = (product * inverse_rms).sum_to_size(weight.shape)
             along = (product * weight).sum(dim=-1, keepdim=True)
         pull = along.mul_(inverse_rms.square()).div_(-x.shape[-1])
-        x_gradient = torch.addcmul((gradient * weight).to(pull.dtype), x.to(pull.dtype), pull).mul_(inverse_rms)
+        x_gradient = gradient.mul_(weight).addcmul_(wide, pull).mul_(inverse_rms)
         return x_gradient.to(x.dtype), weight_gradient.to(weight.dtype), None, None

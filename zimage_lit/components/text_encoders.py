@@ -296,8 +296,10 @@ def _read_qwen3(folder: Path, dtype: torch.dtype | None) -> Any:
 def _tiny_tokenizer(captions: Iterable[str]) -> Any:
     """A tokenizer of whole words, single CJK characters, digits and punctuation marks.
 
-    Capitals and words that no caption has are spelt letter by letter: a quoted "CAT" becomes C, A, T, so that a model
-    which has seen some words drawn can try to spell others. A capital that only begins a sentence is lowered.
+    Plurals of the captions' own words are cut in two, "circle" and "s", as larger tokenizers do with rarer words: "two
+    moons" can then be understood by who has only read of one moon and of two circles. Capitals and words that no
+    caption has are spelt letter by letter: a quoted "CAT" becomes C, A, T, so that a model which has seen some words
+    drawn can try to spell others. A capital that only begins a sentence is lowered.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -305,15 +307,21 @@ def _tiny_tokenizer(captions: Iterable[str]) -> Any:
     special = ["<|endoftext|>", "<|im_end|>", "[UNK]"]
     first_letter = [normalizers.Replace(Regex(rf"\b{c}(?=[a-z])"), c.lower()) for c in string.ascii_uppercase]
     normalizer = normalizers.Sequence([*first_letter, normalizers.Replace(Regex(r"\bA(?= [a-z])"), "a")])
-    splitter = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"),
-            pre_tokenizers.Split(Regex(r"[a-z]+|[^a-z]"), "isolated"),
-        ]
-    )
-    words: set[str] = set()
-    for caption in set(captions):
-        words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+
+    def splitting(word: str) -> Any:
+        spaces = pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed")
+        return pre_tokenizers.Sequence([spaces, pre_tokenizers.Split(Regex(rf"{word}|[^a-z]"), "isolated")])
+
+    texts = [normalizer.normalize_str(caption) for caption in set(captions)]
+
+    def words_by(splitter: Any) -> set[str]:
+        return {word for text in texts for word, _ in splitter.pre_tokenize_str(text)}
+
+    words = words_by(splitting("[a-z]+"))
+    counted = sorted(word for word in words if len(word) > 2 and words & {f"{word}s", f"{word}es"})
+    singular = rf"(?<![a-z])(?:{'|'.join(counted)})(?=e?s(?![a-z]))|" if counted else ""
+    splitter = splitting(f"{singular}[a-z]+")
+    words = words_by(splitter)
     alphabet = ["\n", *string.ascii_letters, *string.digits, *string.punctuation]
     vocabulary = dict.fromkeys([*special, *alphabet, *sorted(words)])
     # WordPiece without a prefix for continuations: an unknown word falls apart into known pieces, in the end letters.
