@@ -6,13 +6,15 @@ stands in combinations.py; the sentences in captions.py; the font in glyphs.py.
 
 The world is made to be learnt in minutes through `PatchPCACodec`: shapes that stay different without their fine detail,
 colours far apart and all lighter than the background, so that an object of any colour is first of all something bright,
-and a lattice of cells, each one token of the tiny backbone, of which every object fills one, in a quarter of its own.
+and a lattice of cells, each one token of the tiny backbone, of which every object fills one, in a quarter of its own
+and beside no other object, not even aslant.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 
 import numpy as np
 
@@ -162,15 +164,27 @@ _FREE_COLORS = {name: [color for color in COLORS if (name, color) not in HELDOUT
 
 
 def _place(count: int, relation: str | None, rng: random.Random) -> list[tuple[int, int, int, int]]:
-    """Squares in different quarters, uniform over all places where the second stands in `relation` to the first."""
+    """Squares in different quarters, no two in neighbouring cells; uniform over all such places where the second stands
+    in `relation` to the first.
+
+    That neighbours of an object are empty is a rule which looks the same everywhere, unlike the quarters' borders, and
+    a network whose tokens know their places by rotation learns it first.
+    """
     side = IMAGE_SIZE // CELL
     while True:
         cells = [(int(rng.random() * side), int(rng.random() * side)) for _ in range(count)]
         quarters = {(2 * column // side, 2 * row // side) for column, row in cells}
-        if len(quarters) == count and (relation is None or _stands(cells[1], relation, cells[0])):
+        if len(quarters) < count or any(_touch(*pair) for pair in combinations(cells, 2)):
+            continue
+        if relation is None or _stands(cells[1], relation, cells[0]):
             inset = (CELL - OBJECT_SIZE) // 2
             corners = [(CELL * column + inset, CELL * row + inset) for column, row in cells]
             return [(x, y, x + OBJECT_SIZE, y + OBJECT_SIZE) for x, y in corners]
+
+
+def _touch(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    """Whether two cells have a side or a corner in common."""
+    return max(abs(first[0] - second[0]), abs(first[1] - second[1])) <= 1
 
 
 def _stands(subject: tuple[int, int], relation: str, reference: tuple[int, int]) -> bool:

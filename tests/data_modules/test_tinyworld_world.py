@@ -251,11 +251,12 @@ def test_the_two_splits_share_no_statement():
         assert is_heldout({"tag": "position", "include": [{"class": reference, "count": 1}, placed]})
 
 
-def test_every_object_stands_in_the_middle_of_a_cell_in_a_quarter_of_its_own(train_samples):
+def test_every_object_stands_in_the_middle_of_a_cell_in_a_quarter_of_its_own_apart_from_others(train_samples):
     for sample in train_samples:
         cells = [(x1 // CELL, y1 // CELL) for x1, y1, _, _ in (item.box for item in sample.objects)]
         assert len({(2 * CELL * x // IMAGE_SIZE, 2 * CELL * y // IMAGE_SIZE) for x, y in cells}) == len(cells)
         assert all(0 <= place < IMAGE_SIZE // CELL for cell in cells for place in cell)
+        assert all(max(abs(a - c), abs(b - d)) > 1 for (a, b), (c, d) in combinations(cells, 2))
         for item, cell in zip(sample.objects, cells, strict=True):
             assert [item.box[axis] + item.box[axis + 2] for axis in (0, 1)] == [2 * CELL * c + CELL for c in cell]
             assert item.box[2] - item.box[0] == item.box[3] - item.box[1] == OBJECT_SIZE
