@@ -6,6 +6,7 @@ own: without the manifest a flipped byte would be trained on in silence.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -37,15 +38,25 @@ class Manifest:
 
 
 def write_manifest(
-    data_dir: Path, name: str, splits: dict[str, int], captions: dict[str, list[str]], settings: dict[str, Any]
+    data_dir: Path,
+    name: str,
+    splits: dict[str, int],
+    captions: dict[str, list[str]],
+    settings: dict[str, Any],
+    known_hashes: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Hash every file below `data_dir` and write its manifest.json, as the last step of a preparation."""
-    paths = sorted(path for path in data_dir.rglob("*") if path.is_file() and not _is_bookkeeping(path, data_dir))
+    """Hash every file below `data_dir` and write its manifest.json, as the last step of a preparation.
+
+    known_hashes: path below the folder -> SHA-256 of files that were hashed when they were written.
+    """
+    known_hashes = known_hashes or {}
     files = {
-        path.relative_to(data_dir).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
+        path: {"bytes": (data_dir / path).stat().st_size, "sha256": known_hashes.get(path) or sha256(data_dir / path)}
+        for path in data_files(data_dir)
     }
     manifest = Manifest(name, splits, captions, settings, _fingerprint(files), files)
     content = {"format": FORMAT, **asdict(manifest)}
+    content["checksum"] = _checksum(content)
     write_atomically(data_dir / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False))
     return manifest
 
@@ -63,6 +74,9 @@ def read_manifest(data_dir: Path) -> Manifest:
         )
     way_out = f"delete {data_dir} and prepare it again"
     content = read_json(path, way_out)
+    checksum = content.pop("checksum", None)
+    if checksum is not None and checksum != _checksum(content):
+        raise UserError(f"{path} is damaged (it does not fit its own checksum): copy it again, or {way_out}.")
     version = content.pop("format", None)
     if version == FORMAT and content.keys() != {field.name for field in fields(Manifest)}:
         raise UserError(f"{path} cannot be read (its keys are {', '.join(content)}): {way_out}.")
@@ -84,18 +98,24 @@ def verify_files(data_dir: Path, manifest: Manifest, verify: Verify) -> None:
         size = path.stat().st_size
         if size != expected["bytes"]:
             raise UserError(f"{path} has {size} bytes where its manifest says {expected['bytes']}: {way_out}")
-        if verify == "sha256" and _sha256(path) != expected["sha256"]:
+        if verify == "sha256" and sha256(path) != expected["sha256"]:
             raise UserError(f"{path} is damaged (its SHA-256 differs from the manifest): {way_out}")
 
 
-def _is_bookkeeping(path: Path, data_dir: Path) -> bool:
-    """Files beside the data, not part of them: the manifest itself and hidden files such as locks."""
-    return path.parent == data_dir and (path.name.startswith((MANIFEST, ".")))
+def data_files(data_dir: Path) -> list[str]:
+    """The files of a data set as paths below its folder, sorted; not its manifest nor what is hidden, such as locks."""
+    paths = (path.relative_to(data_dir) for path in data_dir.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in paths if not path.as_posix().startswith((MANIFEST, ".")))
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Of all that a manifest says: its own bytes are in no list of files."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(files: dict[str, dict[str, Any]]) -> str:

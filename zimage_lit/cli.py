@@ -47,6 +47,8 @@ class Task:
 
 
 TASKS = {
+    "prepare": Task("raw data to a prepared data set", "data_modules.preparation:prepare_task", "PrepareSettings"),
+    "verify": Task("a prepared data set against its hashes", "data_modules.verification:verify_task", "VerifySettings"),
     "generate": Task("pictures from prompts", "zimage_lit.pipeline:generate_task", "GenerateSettings"),
 }
 # What libraries say on every run and nobody at the keyboard can act upon.

@@ -6,16 +6,12 @@ data_dir/text_encoder            tiny Qwen3 with a tokenizer made from training 
 data_dir/manifest.json           written last: a folder with a manifest is a finished one
 """
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
@@ -25,9 +21,10 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from litdata import optimize
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_modules.manifest import MANIFEST, read_manifest, write_manifest
+from data_modules.folder_lock import is_prepared, sole_preparation
+from data_modules.manifest import MANIFEST, write_manifest
+from data_modules.progress import counter_progress
 from data_modules.streaming import encode_sample
 from data_modules.tinyworld.captions import KINDS, LANGUAGES
 from data_modules.tinyworld.combinations import Split
@@ -36,7 +33,7 @@ from zimage_lit.errors import UserError
 
 CHUNK_SAMPLES = 10_000  # about 14 MB
 FIT_SAMPLES = 4_096  # for the codec and the tokenizer
-LOCK = ".preparing"
+FOLDER_KEY = "data.init_args.data_dir"
 SPLITS: dict[str, Split] = {"train": "train", "val": "heldout"}
 
 
@@ -66,10 +63,11 @@ def prepare(
         "world_seed": world_seed,
         "world": world_version(world_seed),
     }
-    if _is_prepared(data_dir, settings):
+    if is_prepared(data_dir, settings, FOLDER_KEY):
         return
-    with _sole_preparation(data_dir):
-        if not _is_prepared(data_dir, settings):  # the one that was waited for may have done it
+    with sole_preparation(data_dir, FOLDER_KEY):
+        _clear(data_dir)
+        if not is_prepared(data_dir, settings, FOLDER_KEY):  # the one that was waited for may have done it
             _prepare(data_dir, settings, num_workers or os.cpu_count() or 1)
 
 
@@ -84,42 +82,11 @@ def world_version(seed: int = 0) -> str:
     return digest.hexdigest()[:16]
 
 
-def _is_prepared(data_dir: Path, settings: dict[str, Any]) -> bool:
+def _clear(data_dir: Path) -> None:
+    """Remove what a killed preparation left behind."""
     if not (data_dir / MANIFEST).exists():
-        return False
-    manifest = read_manifest(data_dir)
-    different = [
-        f"{key}={manifest.settings.get(key)} (now {key}={value})"
-        for key, value in settings.items()
-        if manifest.settings.get(key) != value
-    ]
-    if different:
-        raise UserError(
-            f"{data_dir} holds {manifest.name} prepared with {', '.join(different)}: "
-            "set data.init_args.data_dir to another folder, or delete this one to prepare it anew."
-        )
-    return True
-
-
-@contextmanager
-def _sole_preparation(data_dir: Path) -> Iterator[None]:
-    """Hold the folder's lock and clear what a killed preparation left behind, or refuse a folder of another kind.
-
-    The lock is the kernel's: it goes with the process that holds it, however that ends.
-    """
-    marker = data_dir / LOCK
-    if data_dir.exists() and not marker.exists() and any(data_dir.iterdir()) and not (data_dir / MANIFEST).exists():
-        raise UserError(
-            f"{data_dir} is not empty and holds no data set: set data.init_args.data_dir to a folder of its own."
-        )
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with marker.open("w") as stream:
-        fcntl.lockf(stream, fcntl.LOCK_EX)
-        if not (data_dir / MANIFEST).exists():
-            for left_behind in (path for path in data_dir.iterdir() if path.is_dir()):
-                shutil.rmtree(left_behind, ignore_errors=True)
-        yield
-    marker.unlink(missing_ok=True)
+        for left_behind in (path for path in data_dir.iterdir() if path.is_dir()):
+            shutil.rmtree(left_behind, ignore_errors=True)
 
 
 def _prepare(data_dir: Path, settings: dict[str, Any], num_workers: int) -> None:
@@ -145,7 +112,7 @@ def _write_split(folder: Path, split: str, size: int, seed: int, num_workers: in
     start_method = multiprocessing.get_start_method()
     done = multiprocessing.Value("q", 0)
     # litdata seeds Python's, numpy's and torch's random numbers: a run that prepares must not differ from another.
-    with _progress(f"Drawing TinyWorld, {split}", size, done), isolate_rng():
+    with counter_progress(f"Drawing TinyWorld, {split}", size, done), isolate_rng():
         optimize(
             _DrawAndCount(seed, SPLITS[split], done),
             inputs=list(range(size)),
@@ -183,33 +150,6 @@ class _DrawAndCount:
             for helper in multiprocessing.active_children():
                 helper.kill()
             os._exit(1)
-
-
-@contextmanager
-def _progress(label: str, total: int, done: "Synchronized[int]") -> Iterator[None]:
-    """A bar with rate and time left that follows a counter which other processes raise."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}/s")
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        task = progress.add_task(label, total=total, rate="0")
-        finished = threading.Event()
-        start = time.monotonic()
-
-        def show() -> None:
-            rate = done.value / max(time.monotonic() - start, 1e-9)
-            progress.update(task, completed=done.value, rate=f"{rate:,.0f}")
-
-        def follow() -> None:
-            while not finished.wait(0.2):
-                show()
-
-        follower = threading.Thread(target=follow, daemon=True)
-        follower.start()
-        try:
-            yield
-        finally:
-            finished.set()
-            follower.join()
-            show()
 
 
 def _name_chunks_by_order(folder: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from data_modules import TinyWorldDataModule
+from data_modules.folder_lock import LOCK
 from data_modules.manifest import read_manifest
 from data_modules.tinyworld import prepare as preparation
 from data_modules.tinyworld.combinations import is_heldout
@@ -189,7 +190,7 @@ def test_a_killed_preparation_is_not_taken_for_a_finished_one(
         data, NUM_SAMPLES, SEED, num_workers=1, num_val_samples=NUM_VAL_SAMPLES
     )  # other settings: nothing holds them
     assert read_manifest(data).fingerprint == read_manifest(folder).fingerprint
-    assert not (data / preparation.LOCK).exists()
+    assert not (data / LOCK).exists()
 
 
 def test_two_preparations_at_once_wait_for_each_other(
