@@ -111,8 +111,8 @@ def resize_to(image: np.ndarray, width: int, height: int) -> np.ndarray:
     if (old_width, old_height) == (width, height):
         return image
     scale = max(width / old_width, height / old_height)
-    margins = (old_width - width / scale) / 2, (old_height - height / scale) / 2
-    box = (margins[0], margins[1], old_width - margins[0], old_height - margins[1])
+    left, top = max((old_width - width / scale) / 2, 0), max((old_height - height / scale) / 2, 0)
+    box = (left, top, old_width - left, old_height - top)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
     return np.asarray(resized)
 

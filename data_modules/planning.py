@@ -137,6 +137,8 @@ def read_table(
     captions = np.minimum(columns["caption_tokens"], max_caption_tokens)
     settings = {
         "sizes": sizes and sizes.settings,
+        "max_caption_tokens": max_caption_tokens,
+        "pad_multiple": pad_multiple,
         "concept_weights": dict(concept_weights or {}),
         "planning": hashlib.sha256(b"".join(column.tobytes() for column in columns.values())).hexdigest(),
     }

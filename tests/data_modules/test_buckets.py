@@ -137,9 +137,12 @@ def test_a_picture_of_the_right_size_is_left_alone() -> None:
 
 
 def test_a_flat_picture_stays_flat_at_any_scale() -> None:
-    image = np.full((701, 903, 3), 77, dtype=np.uint8)
-    for width, height in ((16, 16), (96, 64), (256, 192), (1024, 768)):
-        assert (resize_to(image, width, height) == 77).all()
+    mapping = SizeMapping(resolution=48, max_aspect=3.0, upscale=True)
+    for height in range(15, 240, 7):
+        for width in range(15, 240, 9):
+            new_width, new_height = (int(side) for side in mapping(width, height))
+            resized = resize_to(np.full((height, width, 3), 77, dtype=np.uint8), new_width, new_height)
+            assert resized.shape == (new_height, new_width, 3) and (resized == 77).all()
 
 
 def test_tokens_of_a_size() -> None:
