@@ -54,7 +54,7 @@ class PlanSettings:
     drop_last: leave out the last samples of the epoch's order that all ranks cannot share evenly: fewer than batch_size
     * world_size, with a token budget fewer than world_size. False leaves out none (see `plan_epoch`).
     window: chunks; samples are shuffled and put into batches inside windows of that many neighbours in a shuffled order
-    of the chunks, so a cache of window + 1 chunks suffices. None: over the whole data set.
+    of the chunks, so a cache of window + 1 chunks suffices if a chunk holds a step. None: over the whole data set.
     """
 
     batch_size: int | None

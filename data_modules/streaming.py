@@ -389,19 +389,32 @@ def _check_same_settings(saved: Mapping[str, Any], settings: Mapping[str, Any]) 
 class OrderedLoader:
     """The same batches in the same order at every pass, for validation; captions are those of epoch 0.
 
-    On several ranks each takes every world_size-th sample, and the few left over are dropped, so that all have as many.
+    By count, or by a budget of tokens and a table as in `ResumableLoader`. On several ranks the few samples left over
+    are dropped, so that all have as many; by count each rank takes every world_size-th sample.
     """
 
     def __init__(
-        self, reader: SampleReader, batch_size: int, num_workers: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        reader: SampleReader,
+        batch_size: int | None,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        token_budget: int | None = None,
+        table: SampleTable | None = None,
     ) -> None:
         self.reader = reader
         self.num_workers = num_workers
-        indices = range(rank, len(reader) - len(reader) % world_size, world_size)
-        self._plan = [
-            [(0, index) for index in indices[start : start + batch_size]]
-            for start in range(0, len(indices), batch_size)
-        ]
+        settings = PlanSettings(batch_size, token_budget, world_size, shuffle=False, drop_last=world_size > 1)
+        batches: Iterable[Sequence[int]]
+        if settings.batch_size is None:
+            plan = plan_epoch(table or reader.plain_table(), settings, epoch=0)
+            batches = (plan.batch(step, rank).tolist() for step in range(len(plan)))
+        else:
+            indices = range(rank, len(reader) - len(reader) % world_size, world_size)
+            size = settings.batch_size
+            batches = (indices[start : start + size] for start in range(0, len(indices), size))
+        self._plan = [[(0, index) for index in batch] for batch in batches]
 
     def __len__(self) -> int:
         return len(self._plan)

@@ -15,7 +15,14 @@ from PIL import Image
 
 from data_modules.buckets import SizeMapping, resize_to
 from data_modules.manifest import read_manifest, write_manifest
-from data_modules.streaming import CaptionChooser, MixtureLoader, ResumableLoader, SampleReader, encode_sample
+from data_modules.streaming import (
+    CaptionChooser,
+    MixtureLoader,
+    OrderedLoader,
+    ResumableLoader,
+    SampleReader,
+    encode_sample,
+)
 from data_modules.text_to_image import TextToImageDataModule
 from zimage_lit.errors import UserError
 from zimage_lit.rng import generator
@@ -270,6 +277,21 @@ def test_a_budget_position_with_other_sizes_or_weights_is_refused(sized_folder: 
     for name, change in changes.items():
         with pytest.raises(UserError, match=f"{name}=.* cannot be continued exactly"):
             sized_loader(sized_folder, **change).load_state_dict(state)
+
+
+@pytest.mark.parametrize("world_size", [1, 7])
+def test_validation_by_budget_is_whole_and_the_same_at_every_pass(sized_folder: Path, world_size: int) -> None:
+    reader = SampleReader(sized_folder / "train", CaptionChooser(None, 0), SIZES)
+    table = reader.table()
+    assert table.tokens is not None
+    names: list[int | str] = []
+    for rank in range(world_size):
+        loader = OrderedLoader(reader, None, rank=rank, world_size=world_size, token_budget=BUDGET, table=table)
+        batches = [batch["ids"] for batch in loader]
+        assert batches == [batch["ids"] for batch in loader] and len(batches) == len(loader)
+        assert all(len(ids) * max(table.tokens[index] for index in ids) <= BUDGET for ids in batches)
+        names += [name for ids in batches for name in ids]
+    assert len(set(names)) == len(names) == SIZED - SIZED % world_size
 
 
 def test_a_sample_above_the_budget_is_named_before_training(sized_folder: Path) -> None:
