@@ -1,6 +1,6 @@
 """What planning an epoch costs at 10^4, 10^6 and 10^7 samples, and how many pads its batches have.
 
-    python benchmarks/planning.py                      # about three minutes on two cores, one of them used
+    python benchmarks/planning.py                      # about a minute on one core
 
 The pictures are drawn like photographs: usual aspect ratios, both ways up, log-normal areas around two megapixels,
 captions of 8 to 300 tokens, in chunks of 500. Each plan is made in a process of its own: seconds to read the table,
