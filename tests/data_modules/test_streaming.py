@@ -13,10 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
+from data_modules.buckets import SizeMapping, resize_to
 from data_modules.manifest import read_manifest, write_manifest
-from data_modules.streaming import CaptionChooser, ResumableLoader, encode_sample
+from data_modules.streaming import (
+    CaptionChooser,
+    MixtureLoader,
+    OrderedLoader,
+    ResumableLoader,
+    SampleReader,
+    encode_sample,
+)
 from data_modules.text_to_image import TextToImageDataModule
 from zimage_lit.errors import UserError
+from zimage_lit.rng import generator
 
 NUM_SAMPLES = 44  # of the noise data set in conftest.py
 KINDS = {"en": ["long", "short"], "zh": ["short"]}
@@ -134,8 +143,43 @@ def test_ranks_share_an_epoch_without_overlap(noise_folder: Path) -> None:
     assert [len(batches) for batches in ranks] == [NUM_SAMPLES // 8] * 2
     names = [name for batches in ranks for ids in batches for name in ids]
     assert len(set(names)) == len(names) == NUM_SAMPLES // 8 * 8
-    with pytest.raises(UserError, match="drop_last=false works on one device"):
-        ResumableLoader(reader, "", 4, seed=0, drop_last=False, world_size=2)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_no_sample_is_left_out_and_every_rank_gets_some_in_each_step(noise_folder: Path, world_size: int) -> None:
+    reader = data_module(noise_folder).train_dataloader().reader
+    loaders = [
+        ResumableLoader(reader, "", 3, seed=0, drop_last=False, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    ranks = [epoch_of(loader) for loader in loaders]
+    assert {len(batches) for batches in ranks} == {-(-NUM_SAMPLES // (3 * world_size))}
+    assert all(ids for batches in ranks for ids in batches)
+    names = [name for batches in ranks for ids in batches for name in ids]
+    assert sorted(names) == sorted(f"id-{index}" for index in range(NUM_SAMPLES))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_plain_batches_are_slices_of_one_permutation_an_epoch(noise_folder: Path, world_size: int) -> None:
+    """Runs that were started with earlier versions continue."""
+    reader = data_module(noise_folder).train_dataloader().reader
+    for rank in range(world_size):
+        loader = ResumableLoader(reader, "", 4, seed=6, rank=rank, world_size=world_size)
+        for epoch in range(2):
+            order = torch.randperm(NUM_SAMPLES, generator=generator(6, "data order", epoch)).tolist()
+            starts = range(4 * rank, NUM_SAMPLES // (4 * world_size) * 4 * world_size, 4 * world_size)
+            assert epoch_of(loader) == [[f"id-{index}" for index in order[start : start + 4]] for start in starts]
+
+
+def test_a_state_of_an_earlier_version_continues(noise_folder: Path) -> None:
+    loader = data_module(noise_folder).train_dataloader()
+    expected = epoch_of(loader) + epoch_of(loader)
+    state = loader.state_dict() | {"epoch": 1, "batches_done": 2}
+    for name in ("steps_done", "token_budget", "window"):
+        del state[name]
+    resumed = data_module(noise_folder).train_dataloader()
+    resumed.load_state_dict(state)
+    assert epoch_of(resumed) == expected[7:]
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 4}, {"seed": 9}, {"shuffle": False}])
@@ -148,6 +192,179 @@ def test_a_position_in_other_data_is_refused(noise_folder: Path, change: dict[st
 def test_a_data_set_smaller_than_a_batch_is_refused(noise_folder: Path) -> None:
     with pytest.raises(UserError, match="has 44 samples, fewer than the 45 of one batch"):
         data_module(noise_folder, batch_size=45).train_dataloader()
+
+
+# Sizes and budgets
+
+SIZED = 60  # of the sized data set in conftest.py
+SIZES = SizeMapping(resolution=128)
+BUDGET = 700  # packed tokens; a sample has 64 to 288 of them
+
+
+def sized_loader(
+    folder: Path, concept_weights: dict[str, float] | None = None, sizes: SizeMapping = SIZES, **options: Any
+) -> ResumableLoader:
+    reader = SampleReader(folder / "train", CaptionChooser(None, 0), sizes)
+    table = reader.table(concepts=["cat", "dog"], concept_weights=concept_weights)
+    options = {"batch_size": None, "token_budget": BUDGET, "seed": 1, "drop_last": False, **options}
+    return ResumableLoader(reader, "", table=table, **options)
+
+
+def stream(loader: ResumableLoader | MixtureLoader, steps: int) -> list[list[int | str]]:
+    """The samples of so many steps, pass after pass."""
+    found: list[list[int | str]] = []
+    while len(found) < steps:
+        found += [batch["ids"] for batch in islice(loader, steps - len(found))]
+    return found
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_hold_a_budget_and_pictures_their_training_size(
+    sized_folder: Path, sized_pixels: Callable[[int], np.ndarray], num_workers: int
+) -> None:
+    loader = sized_loader(sized_folder, num_workers=num_workers)
+    table = loader.reader.table()
+    assert table.tokens is not None
+    seen: Counter[int | str] = Counter()
+    for batch in loader:
+        assert len(batch["ids"]) * max(table.tokens[index] for index in batch["ids"]) <= BUDGET
+        for image, index in zip(batch["images"], batch["ids"], strict=True):
+            pixels = sized_pixels(int(index))
+            width, height = (int(side) for side in SIZES(pixels.shape[1], pixels.shape[0]))
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), resize_to(pixels, width, height))
+        seen.update(batch["ids"])
+    assert seen == Counter(range(SIZED))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 2, "concept_weights": {"cat": 0.4, "dog": 1.5}}, {"batch_size": 4, "token_budget": None}],
+)
+def test_planned_positions_continue_exactly(sized_folder: Path, options: dict[str, Any], world_size: int) -> None:
+    """From positions in and between epochs and passes; workers read ahead of the position. The last rank of each."""
+    steps = 30
+    options = {**options, "rank": world_size - 1, "world_size": world_size}
+    expected = stream(sized_loader(sized_folder, **options), steps)
+    for done, workers_before, workers_after in ((1, 0, 0), (9, 1, 0), (13, 0, 2), (25, 0, 0)):
+        stopped = sized_loader(sized_folder, num_workers=workers_before, **options)
+        assert stream(stopped, done) == expected[:done]
+        resumed = sized_loader(sized_folder, num_workers=workers_after, **options)
+        resumed.load_state_dict(stopped.state_dict())
+        assert stream(resumed, steps - done) == expected[done:]
+
+
+def test_epochs_of_unlike_lengths_are_whole_and_passes_alike(sized_folder: Path) -> None:
+    """Windows change how many batches an epoch has; Lightning is told one length for the whole run."""
+    loader = sized_loader(sized_folder, window=2)
+    passes = [epoch_of(loader) for _ in range(8)]
+    assert {len(batches) for batches in passes} == {len(loader)}
+    names = [name for batches in passes for ids in batches for name in ids]
+    epochs = [names[start : start + SIZED] for start in range(0, len(names) - SIZED, SIZED)]
+    assert len(epochs) > 5
+    assert all(Counter(epoch) == Counter(range(SIZED)) for epoch in epochs)
+    assert len({len(loader._plan(epoch)) for epoch in range(8)}) > 1
+
+
+def test_a_budget_position_with_other_sizes_or_weights_is_refused(sized_folder: Path) -> None:
+    state = sized_loader(sized_folder).state_dict()
+    changes: dict[str, dict[str, Any]] = {
+        "sizes": {"sizes": SizeMapping(resolution=96)},
+        "concept_weights": {"concept_weights": {"cat": 2.0}},
+        "token_budget": {"token_budget": 800},
+        "window": {"window": 2},
+    }
+    for name, change in changes.items():
+        with pytest.raises(UserError, match=f"{name}=.* cannot be continued exactly"):
+            sized_loader(sized_folder, **change).load_state_dict(state)
+
+
+@pytest.mark.parametrize("world_size", [1, 7])
+def test_validation_by_budget_is_whole_and_the_same_at_every_pass(sized_folder: Path, world_size: int) -> None:
+    reader = SampleReader(sized_folder / "train", CaptionChooser(None, 0), SIZES)
+    table = reader.table()
+    assert table.tokens is not None
+    names: list[int | str] = []
+    for rank in range(world_size):
+        loader = OrderedLoader(reader, None, rank=rank, world_size=world_size, token_budget=BUDGET, table=table)
+        batches = [batch["ids"] for batch in loader]
+        assert batches == [batch["ids"] for batch in loader] and len(batches) == len(loader)
+        assert all(len(ids) * max(table.tokens[index] for index in ids) <= BUDGET for ids in batches)
+        names += [name for ids in batches for name in ids]
+    assert len(set(names)) == len(names) == SIZED - SIZED % world_size
+
+
+def test_a_sample_above_the_budget_is_named_before_training(sized_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"Sample number \d+ has \d+ tokens, more than data.init_args.token_budget=200"):
+        sized_loader(sized_folder, token_budget=200)
+
+
+def test_concept_weights_hold_over_epochs(sized_folder: Path) -> None:
+    loader = sized_loader(sized_folder, {"cat": 0.5, "dog": 2.0})
+    steps = sum(len(loader._plan(epoch)) for epoch in range(4))
+    names = Counter(name for ids in stream(loader, steps) for name in ids)
+    in_four_epochs = [4, 2, 8]  # of neither, cats and dogs
+    assert names == Counter({index: in_four_epochs[index % 3] for index in range(SIZED)})
+
+
+def test_what_comes_next_is_told_ahead(sized_folder: Path) -> None:
+    told: list[list[int]] = []
+    loader = sized_loader(sized_folder, upcoming=lambda indices: told.append(indices.tolist()), rank=1, world_size=2)
+    first = [int(name) for ids in stream(loader, 3) for name in ids]
+    rest = [int(name) for ids in epoch_of(loader) for name in ids]
+    assert told[0] == first + rest
+    assert told[1] == rest
+
+
+# Mixtures
+
+
+def mixture(sized: Path, noise: Path, num_workers: int = 0, **options: Any) -> MixtureLoader:
+    plain = ResumableLoader(SampleReader(noise / "train", CaptionChooser(None, 0)), "", 5, seed=2)
+    options = {"weights": {"sized": 3.0, "noise": 1.0}, "steps_per_epoch": 16, **options}
+    return MixtureLoader({"sized": sized_loader(sized), "noise": plain}, num_workers=num_workers, **options)
+
+
+def test_a_mixture_keeps_its_shares_and_every_data_set_its_epochs(sized_folder: Path, noise_folder: Path) -> None:
+    loader = mixture(sized_folder, noise_folder)
+    found = stream(loader, 64)
+    from_noise = np.array([str(ids[0]).startswith("id-") for ids in found])
+    for size in (4, 8, 16):
+        shares = np.convolve(from_noise, np.ones(size), "valid")
+        assert np.abs(shares - size / 4).max() <= 1
+    batches = {
+        kind: [ids for ids, noise in zip(found, from_noise, strict=True) if noise == kind] for kind in (True, False)
+    }
+    assert batches[True] == stream(mixture(sized_folder, noise_folder).loaders["noise"], 16)
+    assert batches[False] == stream(mixture(sized_folder, noise_folder).loaders["sized"], 48)
+
+
+@pytest.mark.parametrize(("workers_before", "workers_after"), [(0, 0), (2, 0), (0, 2)])
+def test_a_mixture_continues_exactly(
+    sized_folder: Path, noise_folder: Path, workers_before: int, workers_after: int
+) -> None:
+    expected = stream(mixture(sized_folder, noise_folder), 50)
+    for done in (15, 16, 37):
+        stopped = mixture(sized_folder, noise_folder, workers_before)
+        assert stream(stopped, done) == expected[:done]
+        resumed = mixture(sized_folder, noise_folder, workers_after)
+        resumed.load_state_dict(stopped.state_dict())
+        assert stream(resumed, 50 - done) == expected[done:]
+
+
+def test_a_mixture_is_as_long_as_its_data_sets_together(sized_folder: Path, noise_folder: Path) -> None:
+    loader = mixture(sized_folder, noise_folder, steps_per_epoch=None)
+    assert len(loader) == len(loader.loaders["sized"]) + 44 // 5 == len(list(loader))
+
+
+def test_wrong_mixtures_are_named(sized_folder: Path, noise_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"weights names sized and the data sets are sized, noise\."):
+        mixture(sized_folder, noise_folder, weights={"sized": 1.0})
+    with pytest.raises(UserError, match=r"weights.noise is 0: set it to a number above 0"):
+        mixture(sized_folder, noise_folder, weights={"sized": 1.0, "noise": 0})
+    state = mixture(sized_folder, noise_folder).state_dict()
+    with pytest.raises(UserError, match=r"weights=.* cannot be continued exactly"):
+        mixture(sized_folder, noise_folder, weights={"sized": 1.0, "noise": 1.0}).load_state_dict(state)
 
 
 # Captions

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from data_modules.streaming import Batch
+from data_modules.buckets import SizeMapping
+from data_modules.streaming import Batch, CaptionChooser, MixtureLoader, ResumableLoader, SampleReader
 from data_modules.text_to_image import TextToImageDataModule
 from zimage_lit.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed", "ignore:Checkpoint directory", "ignore:You defined a `validation_step`"
+)
 
 BATCH_SIZE = 8  # 44 samples: 5 batches an epoch
 BATCHES = 5
@@ -56,9 +60,13 @@ def train(
     ckpt_path: Path | None = None,
     die_in_step: int | None = None,
     batch_size: int = BATCH_SIZE,
+    make_loader: Callable[[Path, int], Any] | None = None,
     **options: Any,
 ) -> list[Seen]:
-    """What a run saw, step by step; its checkpoints, one a step, are output/<step>.ckpt."""
+    """What a run saw, step by step; its checkpoints, one a step, are output/<step>.ckpt.
+
+    make_loader: from `data` and num_workers; None: the one of a TextToImageDataModule.
+    """
     output.mkdir(parents=True, exist_ok=True)
     module = Recorder(output / "seen.jsonl", die_in_step)
     module.log_path.write_text("")
@@ -67,8 +75,12 @@ def train(
         accelerator="cpu", callbacks=[keep_all], logger=False, enable_progress_bar=False, enable_model_summary=False,
         **{"max_epochs": -1, "max_steps": MAX_STEPS, "limit_val_batches": 0, **options},
     )  # fmt: skip
-    data_module = TextToImageDataModule(str(data), batch_size=batch_size, num_workers=num_workers, seed=5)
-    trainer.fit(module, datamodule=data_module, ckpt_path=ckpt_path, weights_only=False)
+    source: dict[str, Any] = {}
+    if make_loader is None:
+        source["datamodule"] = TextToImageDataModule(str(data), batch_size, num_workers, seed=5)
+    else:
+        source["train_dataloaders"] = make_loader(data, num_workers)
+    trainer.fit(module, **source, ckpt_path=ckpt_path, weights_only=False)
     return seen(output)
 
 
@@ -161,3 +173,38 @@ def test_a_checkpoint_of_other_data_settings_is_refused(uninterrupted: Any, nois
     checkpoints, _ = uninterrupted(0)
     with pytest.raises(UserError, match="batch_size=8 and this run has batch_size=4"):
         train(noise_folder, tmp_path, 0, checkpoints / "3.ckpt", batch_size=4)
+
+
+def planned_loader(data: Path, num_workers: int) -> ResumableLoader:
+    """Batches of unlike sizes in epochs of unlike lengths: by token budget, in windows of two chunks."""
+    reader = SampleReader(data / "train", CaptionChooser(None, 0), SizeMapping(resolution=96))
+    return ResumableLoader(
+        reader, "", None, seed=4, drop_last=False, num_workers=num_workers, token_budget=700, window=2,
+        table=reader.table(),
+    )  # fmt: skip
+
+
+def mixture_loader(data: Path, num_workers: int) -> MixtureLoader:
+    """Three steps by token budget to one of the same data by count."""
+    plain = ResumableLoader(SampleReader(data / "train", CaptionChooser(None, 1)), "", 4, seed=1)
+    loaders = {"planned": planned_loader(data, 0), "plain": plain}
+    return MixtureLoader(loaders, {"planned": 3.0, "plain": 1.0}, num_workers, steps_per_epoch=9)
+
+
+@pytest.mark.parametrize("make_loader", [planned_loader, mixture_loader])
+def test_planned_and_mixed_runs_resume_after_a_kill_with_other_workers(
+    sized_folder: Path, tmp_path: Path, make_loader: Callable[[Path, int], Any]
+) -> None:
+    steps: dict[str, Any] = {"max_steps": 36, "make_loader": make_loader}
+    expected = train(sized_folder, tmp_path / "uninterrupted", 0, **steps)
+    assert len({len(ids) for _, _, ids in expected}) > 2
+    killed_in, killed = 14, tmp_path / "killed"
+    process = multiprocessing.get_context("fork").Process(
+        target=train, args=(sized_folder, killed, 2), kwargs={"die_in_step": killed_in, **steps}
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert seen(killed) == expected[: killed_in + 1]
+    for step in (9, killed_in):
+        assert train(sized_folder, tmp_path / f"resumed-{step}", 0, killed / f"{step}.ckpt", **steps) == expected[step:]
