@@ -7,18 +7,17 @@ is then two numbers, epoch and batches done, and resuming at it is exact whateve
 import io
 import json
 import random
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from litdata import StreamingDataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from data_modules.cache import CacheSettings
+from data_modules.chunks import ChunkedSamples
 from data_modules.images import read_picture
 from zimage_lit.errors import UserError
 from zimage_lit.rng import generator
@@ -91,35 +90,41 @@ class CaptionChooser:
 class SampleReader(Dataset[dict[str, Any]]):
     """One split of a prepared folder, read at random. The chunks are opened at first use, in the worker that reads.
 
-    `folder` holds litdata's index.json and chunks. Reading a damaged sample gives {"error": one sentence} instead of
-    raising: an exception crosses from a worker with its traceback glued to its message, a value as it is.
+    `folder` holds litdata's index.json and chunks; it may be an address (see `samples`, a `ChunkedSamples`).
+    Reading a damaged sample gives {"error": one sentence} instead of raising: an exception crosses from a worker with
+    its traceback glued to its message, a value as it is.
     """
 
-    def __init__(self, folder: Path, choose_caption: CaptionChooser) -> None:
+    def __init__(self, folder: Path | str, choose_caption: CaptionChooser, cache: CacheSettings | None = None) -> None:
         self.folder = folder
         self.choose_caption = choose_caption
-        chunks = json.loads((folder / "index.json").read_text(encoding="utf-8"))["chunks"]
-        self._chunk_names = [chunk["filename"] for chunk in chunks]
-        self._chunk_ends = list(accumulate(chunk["chunk_size"] for chunk in chunks))
-        self._stream: StreamingDataset | None = None
+        self.samples = ChunkedSamples(folder, cache)
 
     def __len__(self) -> int:
-        return self._chunk_ends[-1]
+        return len(self.samples)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
         """A batch at once: read in the order of the chunks, so that each is opened once, given in the order asked."""
-        samples = {key: self._read(*key) for key in sorted(keys, key=lambda key: key[1])}
+        samples: dict[Key, dict[str, Any]] = {}
+        for key in sorted(keys, key=lambda key: key[1]):
+            samples[key] = self._read(*key)
+            if "error" in samples[key]:  # where the server is gone, each further sample would wait for it again
+                samples = dict.fromkeys(keys, samples[key])
+                break
+        self.samples.release()
         return [samples[key] for key in keys]
 
     def _read(self, epoch: int, index: int) -> dict[str, Any]:
-        if self._stream is None:
-            self._stream = StreamingDataset(str(self.folder), batch_decode=0)
         name: Any = f"number {index}"
         try:
-            stored = self._stream[index]
+            self.samples.fetch(index)
+        except UserError as error:
+            return {"error": str(error)}
+        try:
+            stored = self.samples[index]
             name = stored["id"]
             return {
                 "image": read_picture(stored["image"].tobytes(), name=""),
@@ -128,15 +133,12 @@ class SampleReader(Dataset[dict[str, Any]]):
                 "id": name,
             }
         except UserError as error:
-            return {"error": f"Sample {name} in {self._chunk_of(index)} {error}"}
+            return {"error": f"Sample {name} in {self.samples.place_of(index)} {error}"}
         except Exception as error:  # damaged bytes break litdata, Pillow and json in many ways
             return {
-                "error": f"Sample {name} in {self._chunk_of(index)} cannot be read ({type(error).__name__}: {error}): "
-                "copy the file again, or prepare the data again."
+                "error": f"Sample {name} in {self.samples.place_of(index)} cannot be read "
+                f"({type(error).__name__}: {error}): copy the file again, or prepare the data again."
             }
-
-    def _chunk_of(self, index: int) -> Path:
-        return self.folder / self._chunk_names[bisect_right(self._chunk_ends, index)]
 
 
 def read_batches(reader: SampleReader, plan: Iterable[list[Key]], num_workers: int) -> Iterator[Batch]:
