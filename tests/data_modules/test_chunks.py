@@ -25,7 +25,7 @@ from data_modules import cache as cache_module
 from data_modules import remote
 from data_modules.cache import CacheSettings
 from data_modules.chunks import ChunkedSamples
-from data_modules.manifest import read_manifest, verify_files
+from data_modules.manifest import read_manifest, verify_files, write_manifest
 from data_modules.streaming import CaptionChooser, ResumableLoader, SampleReader
 from zimage_lit.errors import UserError
 
@@ -217,8 +217,6 @@ def test_it_can_be_sent_to_a_spawned_worker(server: Server, noise_folder: Path, 
 def test_the_manifest_is_read_from_an_address_and_planning_comes_along(
     server: Server, noise_copy: Path, tmp_path: Path
 ) -> None:
-    from data_modules.manifest import write_manifest
-
     np.savez(noise_copy / "train" / "planning.npz", width=np.arange(NUM_SAMPLES))
     manifest = write_manifest(noise_copy, "noise", {"train": NUM_SAMPLES, "val": 7}, {}, {})
     assert read_manifest(server.url) == manifest
@@ -245,9 +243,7 @@ def test_the_cache_never_passes_its_limit(server: Server, noise_folder: Path, tm
     assert sum(server.requests.values()) > NUM_CHUNKS + 2  # chunks were removed and fetched again
 
 
-def test_chunks_that_fit_are_fetched_once_by_all_processes(
-    server: Server, noise_folder: Path, tmp_path: Path
-) -> None:
+def test_chunks_that_fit_are_fetched_once_by_all_processes(server: Server, noise_folder: Path, tmp_path: Path) -> None:
     samples = ChunkedSamples(f"{server.url}/train", settings(tmp_path))
     readers = [partial(read_and_compare, samples, noise_folder, shuffled(seed)) for seed in (0, 1)]
     assert in_processes(*readers) == [0, 0]
@@ -372,9 +368,7 @@ def test_a_silent_or_breaking_server_is_asked_again(
 
 
 @pytest.mark.parametrize("damage", ["flipped", "shorter", "longer"])
-def test_a_damaged_chunk_on_the_server_is_named(
-    server: Server, noise_copy: Path, tmp_path: Path, damage: str
-) -> None:
+def test_a_damaged_chunk_on_the_server_is_named(server: Server, noise_copy: Path, tmp_path: Path, damage: str) -> None:
     samples = ChunkedSamples(f"{server.url}/train", settings(tmp_path))
     chunk = noise_copy / "train" / "chunk-0-2.bin"
     content = bytearray(chunk.read_bytes())
@@ -502,6 +496,8 @@ def test_a_full_disk_is_named(server: Server, tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache_module.os, "fsync", full)
-    with pytest.raises(UserError, match=r"chunk-0-0\.bin\.part cannot be written \(No space left on device\): make room"):
+    with pytest.raises(
+        UserError, match=r"chunk-0-0\.bin\.part cannot be written \(No space left on device\): make room"
+    ):
         samples[0]
     assert cached(tmp_path) == []
