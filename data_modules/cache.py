@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_modules.manifest import MANIFEST, REMOTE_WAY_OUT, read_manifest
+from data_modules.manifest import FORMAT, MANIFEST, REMOTE_WAY_OUT, read_manifest
 from data_modules.remote import FIRST_TIMEOUT, PATIENCE, FileLock, RemoteFolder, patiently
 from zimage_lit.errors import UserError
 from zimage_lit.files import write_atomically
@@ -57,12 +57,13 @@ class ChunkCache:
         self.remote = RemoteFolder(location)
         self.settings = settings
         manifest = read_manifest(location, settings.patience)
-        if not re.fullmatch("[0-9a-f]{64}", str(manifest.fingerprint)):
-            raise UserError(f"{self.remote.address(MANIFEST)} has no valid fingerprint: {REMOTE_WAY_OUT}.")
         self._files = manifest.files
+        complete = all({"bytes", "sha256"} <= set(entry) for entry in self._files.values())
+        if not complete or not re.fullmatch("[0-9a-f]{64}", str(manifest.fingerprint)):
+            raise UserError(f"{self.remote.address(MANIFEST)} is not a whole manifest: {REMOTE_WAY_OUT}.")
         parent = Path(settings.folder or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "zimage-lit")
         self.folder = parent.expanduser() / manifest.fingerprint[:16]
-        content = json.dumps({"format": 1, **asdict(manifest)}, indent=1, ensure_ascii=False)
+        content = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1, ensure_ascii=False)
         with self._locked(MANIFEST):
             write_atomically(self.folder / MANIFEST, content)
 
@@ -102,7 +103,8 @@ class ChunkCache:
             while True:
                 lock.take(fcntl.LOCK_SH)
                 if self.is_here(name):
-                    os.utime(self.folder / name)  # when it was last used
+                    with suppress(FileNotFoundError):  # somebody empties the cache by hand
+                        os.utime(self.folder / name)  # when it was last used
                     return lock
                 lock.take(fcntl.LOCK_EX)
                 if not self.is_here(name):

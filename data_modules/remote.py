@@ -1,7 +1,7 @@
 """Files of a folder behind an address: s3://, gs:// or http(s)://, with patience for a server that does not answer.
 
-boto3 and requests do the transfer, since training reads in forked workers: obstore and the asynchronous file systems of
-fsspec hang in a process that was forked after their first use.
+boto3 and requests do the transfer. Training reads in forked workers, and obstore, which covers all of these addresses,
+hangs in a process that was forked after its first use.
 """
 
 import fcntl
@@ -31,10 +31,10 @@ from zimage_lit.errors import UserError
 
 PATIENCE = 900.0  # seconds that a server which does not answer is waited for, unless a setting says otherwise
 BLOCK = 2**20  # bytes handed on at a time
-# Seconds. A silent server is given up after the first timeout and asked again, each time with twice the patience and
-# after twice the wait: a stall is noticed soon, and a server that is merely slow gets its time.
+# Seconds. A silent server is given up after the first timeout and asked again, each time after twice the wait and with
+# twice the timeout: a stall is noticed soon, and a server that is merely slow gets its time.
 FIRST_TIMEOUT, LONGEST_TIMEOUT = 5.0, 60.0
-FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0
+FIRST_WAIT, LONGEST_WAIT = 0.5, 5.0
 
 T = TypeVar("T")
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -212,6 +213,23 @@ def test_it_can_be_sent_to_a_spawned_worker(server: Server, noise_folder: Path, 
     samples = ChunkedSamples(f"{server.url}/train", settings(tmp_path))
     read_and_compare(samples, noise_folder, [0])
     read_and_compare(pickle.loads(pickle.dumps(samples)), noise_folder, [1, 20])
+
+
+def test_no_process_is_forked_while_a_connection_is_being_opened() -> None:
+    """It would inherit locks that the opening thread holds."""
+    begun, opened = threading.Event(), threading.Event()
+
+    def open_slowly() -> None:
+        with remote._connecting():
+            begun.set()
+            time.sleep(0.3)
+            opened.set()
+
+    thread = threading.Thread(target=open_slowly)
+    thread.start()
+    begun.wait()
+    assert in_processes(lambda: sys.exit(0 if opened.is_set() else 1)) == [0]
+    thread.join()
 
 
 def test_the_manifest_is_read_from_an_address_and_planning_comes_along(
@@ -473,8 +491,9 @@ def test_a_damaged_index_or_manifest_is_named(server: Server, noise_copy: Path, 
     (noise_copy / "train" / "index.json").write_text("{}")
     assert the_error(location, cache).startswith(f"{server.url}/train/index.json is damaged (its size or SHA-256")
     manifest = json.loads((noise_copy / "manifest.json").read_text())
-    (noise_copy / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "../.."}))
-    assert f"{server.url}/manifest.json has no valid fingerprint" in the_error(location, cache)
+    for wrong in ({"fingerprint": "../.."}, {"files": {"train/index.json": {"bytes": 2}}}):
+        (noise_copy / "manifest.json").write_text(json.dumps({**manifest, **wrong}))
+        assert f"{server.url}/manifest.json is not a whole manifest" in the_error(location, cache)
     (noise_copy / "manifest.json").write_text("{")
     assert f"{server.url}/manifest.json is not JSON" in the_error(location, cache)
     (noise_copy / "train" / "index.json").write_text("{}")
