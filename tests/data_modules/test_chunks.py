@@ -288,7 +288,7 @@ def test_two_processes_share_a_cache_of_one_chunk(server: Server, noise_folder: 
 
 def test_what_comes_next_is_fetched_before_it_is_asked_for(server: Server, tmp_path: Path) -> None:
     samples = ChunkedSamples(f"{server.url}/train", settings(tmp_path, chunks=2.5))
-    for order, expected in [([30, 31, 5, 40, 12], [0, 3, 4]), (np.array([12, 5, 40]), [0, 1, 4]), ([], [0, 1, 4])]:
+    for order, expected in [([5, 30, 31, 40, 12], [0, 3, 4]), (np.array([12, 5, 40]), [0, 1, 4]), ([], [0, 1, 4])]:
         names = [f"chunk-0-{number}.bin" for number in expected]
         for _ in range(500):
             samples.upcoming(order)
@@ -296,7 +296,7 @@ def test_what_comes_next_is_fetched_before_it_is_asked_for(server: Server, tmp_p
                 break
             time.sleep(0.01)
         assert [path.name for path in cached(tmp_path)] == names
-    assert server.requests["/train/chunk-0-0.bin"] == 1  # kept: it was among the next both times
+    assert server.requests["/train/chunk-0-0.bin"] == 1  # kept, although the oldest: it was among the next both times
 
 
 def test_a_chunk_that_is_read_is_not_removed(server: Server, noise_folder: Path, tmp_path: Path) -> None:
@@ -350,6 +350,24 @@ def test_reading_goes_on_after_the_server_was_gone(
     assert len(said) == 2, said
     assert said[0].startswith("data: s3://bucket/noise/train/chunk-0-") and "waiting for up to 20 s" in said[0]
     assert "is read again after" in said[1] and said[1].endswith("going on")
+
+
+def test_of_all_processes_that_wait_one_says_so(
+    server: Server, noise_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    samples = ChunkedSamples(f"{server.url}/train", settings(tmp_path))
+    again = time.monotonic() + 0.7
+
+    def busy(handler: Handler) -> bool:
+        if early := time.monotonic() < again:
+            handler.send_error(503)
+        return early
+
+    server.answer = busy
+    readers = [partial(read_and_compare, samples, noise_folder, [index]) for index in (0, 10, 20)]
+    assert in_processes(*readers) == [0, 0, 0]
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("data: ")]
+    assert len(said) == 2 and "503: Service Unavailable" in said[0] and said[1].endswith("going on"), said
 
 
 def test_a_server_that_stays_away_is_named(server: Server, tmp_path: Path) -> None:
