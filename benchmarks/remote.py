@@ -185,7 +185,7 @@ def read_epoch(folder: Path, server: subprocess.Popen[bytes], size: int, options
 def shuffled_in_windows(reader: SampleReader, size: int, options: argparse.Namespace) -> list[list[Key]]:
     """Batches over all samples: chunks in a random order, samples shuffled among --window chunks."""
     dice = np.random.default_rng(0)
-    chunks = np.array([reader.samples.chunk_of(index) for index in range(size)])
+    chunks = np.searchsorted(reader.samples.chunk_ends, np.arange(size), side="right")
     windows = dice.permutation(chunks.max() + 1)[chunks] // options.window
     keys = [(0, index) for index in np.lexsort((dice.random(size), windows)).tolist()]
     return [keys[start : start + options.batch_size] for start in range(0, size, options.batch_size)]

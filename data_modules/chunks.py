@@ -30,6 +30,7 @@ class ChunkedSamples:
     location: the split's folder (litdata's index.json and chunks), as a path or an address (s3://, gs://, http://,
     https://). Chunks behind an address are fetched into the cache when they are needed, or before with `upcoming`.
     folder: the local folder with the split's index.json and, if the data set has one, planning.npz.
+    chunk_ends: for each chunk the index after its last sample.
 
     Files and connections are opened at first use in the process that reads, so it can be handed to forked and to
     spawned workers. One thread of a process reads.
@@ -53,7 +54,7 @@ class ChunkedSamples:
         index = read_json(self.folder / INDEX, way_out)
         try:
             self._names = [str(chunk["filename"]) for chunk in index["chunks"]]
-            self._ends = list(accumulate(int(chunk["chunk_size"]) for chunk in index["chunks"]))
+            self.chunk_ends = list(accumulate(int(chunk["chunk_size"]) for chunk in index["chunks"]))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder / INDEX} is no index of chunks: {way_out}.") from error
         if self._cache:
@@ -79,7 +80,7 @@ class ChunkedSamples:
         self._start_anew()
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self.chunk_ends[-1] if self.chunk_ends else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A sample as it was stored. Its chunk stays open, and in the cache, until `release` or another chunk's sample.
@@ -102,9 +103,17 @@ class ChunkedSamples:
                 self.release()
                 self._held = number, self._cache.hold(self._file(number))
 
+    @property
+    def chunks_at_once(self) -> int:
+        """How many chunks can be here at once. Samples drawn at random from more than these fetch each many times."""
+        if self._cache is None:
+            return len(self._names)
+        largest = max(self._cache.size(self._file(number)) for number in range(len(self._names)))
+        return min(self._cache.settings.max_bytes // largest, len(self._names))
+
     def chunk_of(self, index: int) -> int:
         """The number of the chunk that holds a sample."""
-        return bisect_right(self._ends, index)
+        return bisect_right(self.chunk_ends, index)
 
     def place_of(self, index: int) -> str:
         """The path or address of the chunk that holds a sample, for messages."""
@@ -152,7 +161,7 @@ class ChunkedSamples:
         wanted: dict[str, None] = {}
         room, indices = cache.settings.max_bytes, self._next
         for start in range(0, len(indices), BLOCK):
-            numbers = np.searchsorted(self._ends, np.asarray(indices[start : start + BLOCK]), side="right")
+            numbers = np.searchsorted(self.chunk_ends, np.asarray(indices[start : start + BLOCK]), side="right")
             _, first_uses = np.unique(numbers, return_index=True)
             for number in numbers[np.sort(first_uses)].tolist():
                 name = self._file(number)

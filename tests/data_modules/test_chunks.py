@@ -168,12 +168,14 @@ def test_a_folder_is_read_in_place(noise_folder: Path, tmp_path: Path) -> None:
     assert len(samples) == NUM_SAMPLES
     assert [samples[index]["id"] for index in shuffled()] == [f"id-{index}" for index in shuffled()]
     assert [samples.chunk_of(index) for index in (0, 9, 10, 43)] == [0, 0, 1, 4]
+    assert samples.chunk_ends == [10, 20, 30, 40, 44] and samples.chunks_at_once == NUM_CHUNKS
     assert samples.place_of(10) == str(noise_folder / "train" / "chunk-0-1.bin")
     assert samples.folder == noise_folder / "train" and not (tmp_path / "default cache").exists()
 
 
 def test_samples_from_s3_are_those_of_the_folder(moto: ThreadedMotoServer, noise_folder: Path, tmp_path: Path) -> None:
-    samples = ChunkedSamples("s3://bucket/noise/train/", settings(tmp_path, chunks=2))
+    samples = ChunkedSamples("s3://bucket/noise/train/", settings(tmp_path, chunks=2.5))
+    assert samples.chunks_at_once == 2 and samples.chunk_ends[-1] == len(samples) == NUM_SAMPLES
     assert samples.place_of(43) == "s3://bucket/noise/train/chunk-0-4.bin"
     read_and_compare(samples, noise_folder, shuffled())
     assert len(ChunkedSamples("s3://bucket/noise/val", settings(tmp_path))) == 7
