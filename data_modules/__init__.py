@@ -6,6 +6,10 @@ from typing import Any
 # Loaded at first use: torch, lightning and litdata take seconds to import, and `lightning run --list` needs none of
 # them.
 _HOMES = {
+    "EditingDataModule": "data_modules.text_to_image",
+    "MixtureDataModule": "data_modules.mixture",
+    "PreferenceDataModule": "data_modules.text_to_image",
+    "PromptDataModule": "data_modules.text_to_image",
     "TextToImageDataModule": "data_modules.text_to_image",
     "TinyWorldDataModule": "data_modules.tinyworld.datamodule",
 }

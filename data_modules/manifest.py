@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from data_modules.remote import PATIENCE, RemoteFolder, is_remote
 from zimage_lit.errors import UserError
-from zimage_lit.files import read_json, write_atomically
+from zimage_lit.files import parse_json, read_json, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+REMOTE_WAY_OUT = "copy the whole data set there again"
 Verify = Literal["size", "sha256"]
 
 
@@ -61,8 +63,18 @@ def write_manifest(
     return manifest
 
 
-def read_manifest(data_dir: Path) -> Manifest:
-    """The manifest of a prepared folder. UserError where the folder or its manifest is missing or unreadable."""
+def read_manifest(data_dir: Path | str, patience: float = PATIENCE) -> Manifest:
+    """The manifest of a prepared folder or of one behind an address (s3://, gs://, http://, https://).
+
+    patience: seconds that a server which does not answer is waited for.
+    Raises UserError where the folder or its manifest is missing or unreadable.
+    """
+    if is_remote(data_dir):
+        folder = RemoteFolder(str(data_dir))
+        address = folder.address(MANIFEST)
+        content = folder.read(MANIFEST, patience).decode(errors="replace")
+        return _as_manifest(parse_json(content, address, REMOTE_WAY_OUT), address, REMOTE_WAY_OUT)
+    data_dir = Path(data_dir)
     path = data_dir / MANIFEST
     if not data_dir.is_dir():
         raise UserError(
@@ -73,10 +85,13 @@ def read_manifest(data_dir: Path) -> Manifest:
             f"{data_dir} has no {MANIFEST}, so its preparation never finished: delete it and prepare it again."
         )
     way_out = f"delete {data_dir} and prepare it again"
-    content = read_json(path, way_out)
+    return _as_manifest(read_json(path, way_out), str(path), way_out)
+
+
+def _as_manifest(content: dict[str, Any], path: str, way_out: str) -> Manifest:
     checksum = content.pop("checksum", None)
     if checksum is not None and checksum != _checksum(content):
-        raise UserError(f"{path} is damaged (it does not fit its own checksum): copy it again, or {way_out}.")
+        raise UserError(f"{path} is damaged (it does not fit its own checksum): {way_out}.")
     version = content.pop("format", None)
     if version == FORMAT and content.keys() != {field.name for field in fields(Manifest)}:
         raise UserError(f"{path} cannot be read (its keys are {', '.join(content)}): {way_out}.")
@@ -88,8 +103,14 @@ def read_manifest(data_dir: Path) -> Manifest:
     return manifest
 
 
-def verify_files(data_dir: Path, manifest: Manifest, verify: Verify) -> None:
-    """Compare every file with the manifest: its size, and with "sha256" its content too. UserError names the first."""
+def verify_files(data_dir: Path | str, manifest: Manifest, verify: Verify) -> None:
+    """Compare every file with the manifest: its size, and with "sha256" its content too. UserError names the first.
+
+    The files behind an address are not read for this: each is compared, always with its SHA-256, when it arrives.
+    """
+    if is_remote(data_dir):
+        return
+    data_dir = Path(data_dir)
     way_out = f"copy it again, or delete {data_dir} and prepare it again."
     for name, expected in manifest.files.items():
         path = data_dir / name

@@ -26,8 +26,8 @@ from litdata.streaming.writer import BinaryWriter
 
 from data_modules.images import Rejected, read_picture
 from data_modules.manifest import sha256
+from data_modules.samples import encode_sample
 from data_modules.sources import Part, Record, Rejection
-from data_modules.streaming import encode_sample
 
 SUMMARY = "part.json"
 UNFINISHED = "unfinished-"  # begins the name of a folder that a worker is filling

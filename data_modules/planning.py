@@ -114,12 +114,15 @@ def read_table(
     concepts: Sequence[str] = (),
     concept_weights: Mapping[str, float] | None = None,
     pad_multiple: int = PAD_MULTIPLE,
+    pictures: int = 1,
+    sequences: int = 1,
 ) -> SampleTable:
     """The table of a prepared split, from its planning.npz; without that file only the chunks are known.
 
     chunk_sizes: samples in each chunk. sizes: at which pictures are trained; None: as they are stored.
     max_caption_tokens: where the text encoder cuts. concepts: names that the file's column `concept` points into.
     concept_weights: name -> how often its samples come in an epoch; 1 for all others.
+    pictures: of about one size in each of a sample's sequences (editing: 2).   sequences: of a sample (preference: 2).
 
     Raises UserError: the file is needed and missing, damaged or of other samples; unknown concepts.
     """
@@ -133,7 +136,7 @@ def read_table(
             )
         return SampleTable(len(chunk), chunk=chunk)
     columns = _read_columns(path, len(chunk))
-    pictures, bucket = _pictures(columns["width"], columns["height"], sizes)
+    image, bucket = _pictures(columns["width"], columns["height"], sizes)
     captions = np.minimum(columns["caption_tokens"], max_caption_tokens)
     settings = {
         "sizes": sizes and sizes.settings,
@@ -144,7 +147,7 @@ def read_table(
     }
     return SampleTable(
         len(chunk),
-        tokens=packed_tokens(pictures, captions, pad_multiple),
+        tokens=sequences * packed_tokens(pictures * image, captions, pad_multiple),
         bucket=bucket,
         chunk=chunk,
         weight=weights_of(columns["concept"], concepts, concept_weights) if concept_weights else None,

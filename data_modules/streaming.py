@@ -1,198 +1,23 @@
-"""Samples from litdata chunks, in an order that is a pure function of (seed, epoch), from any batch on.
+"""Batches in an order that is a pure function of (seed, epoch), from any batch on.
 
 litdata stores and streams the samples; which samples make up batch b of epoch e is decided by `planning`. A position
 in training is then two numbers, epoch and batches done, and resuming at it is exact whatever the number of workers,
 then or now.
 """
 
-import io
-import json
-import random
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import accumulate, islice
-from pathlib import Path
-from typing import Any, TypedDict
+from itertools import islice
+from typing import Any
 
 import numpy as np
-import torch
-from litdata import StreamingDataset
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from data_modules.buckets import SizeMapping, resize_to
-from data_modules.images import read_picture
-from data_modules.planning import (
-    EpochPlan,
-    PlanSettings,
-    SampleTable,
-    check_budget,
-    next_source,
-    plan_epoch,
-    read_table,
-)
+from data_modules.planning import EpochPlan, PlanSettings, SampleTable, check_budget, next_source, plan_epoch
+from data_modules.samples import Batch, Key, SampleReader, read_batches
 from zimage_lit.errors import UserError
 
-Captions = dict[str, dict[str, str]]  # language -> kind -> text
-Key = tuple[int, int]  # (epoch, index of the sample in its split)
 POSITION = ("epoch", "batches_done", "steps_done")  # what of a loader's state is no setting
-
-
-class Batch(TypedDict):
-    """What a training step gets. images: uint8 (3, H, W) RGB tensors, each of its own size."""
-
-    images: list[torch.Tensor]
-    captions: list[str]
-    metadata: list[dict[str, Any]]
-    ids: list[int | str]
-
-
-def encode_sample(
-    pictures: np.ndarray | bytes | Mapping[str, np.ndarray | bytes],
-    captions: Captions,
-    metadata: Mapping[str, Any],
-    sample_id: int | str,
-) -> dict[str, Any]:
-    """One sample as litdata's writer is to store it.
-
-    pictures: one for each role of the data set (`image`, `source`, `winner`, `loser`); a picture by itself is the
-    `image`. A picture is uint8 (H, W, 3) RGB, stored as PNG, or the bytes of a file as it is (see `read_picture`).
-
-    The bytes travel as arrays: litdata packs samples of plain Python values into Arrow tables of 256 rows and would
-    decode a whole table for every sample read at random (measured: 40 ms instead of 2 ms for a batch of 64). A sample
-    without a picture has an empty array for that reason.
-    """
-    if not isinstance(pictures, Mapping):
-        pictures = {"image": pictures}
-    arrays = {role: np.frombuffer(_as_file(picture), dtype=np.uint8) for role, picture in pictures.items()}
-    return {
-        **(arrays or {"no_picture": np.zeros(0, dtype=np.uint8)}),
-        "captions": json.dumps(captions, ensure_ascii=False),
-        "metadata": json.dumps(metadata, ensure_ascii=False),
-        "id": sample_id,
-    }
-
-
-def _as_file(picture: np.ndarray | bytes) -> bytes:
-    if isinstance(picture, bytes):
-        return picture
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-class CaptionChooser:
-    """Chooses which caption of a sample is used: a pure function of (seed, epoch, sample index).
-
-    weights: language -> kind -> weight; kinds that a sample lacks do not count. None: all captions alike.
-    """
-
-    def __init__(self, weights: Mapping[str, Mapping[str, float]] | None, seed: int) -> None:
-        self.weights = weights
-        self.seed = seed
-
-    def __call__(self, captions: Captions, epoch: int, index: int) -> str:
-        options = [
-            (text, 1.0 if self.weights is None else self.weights.get(language, {}).get(kind, 0.0))
-            for language, kinds in sorted(captions.items())
-            for kind, text in sorted(kinds.items())
-        ]
-        total = sum(weight for _, weight in options)
-        if not total > 0:
-            found = ", ".join(f"{language}.{kind}" for language, kinds in captions.items() for kind in kinds)
-            raise UserError(
-                f"has captions of the kinds {found or 'none at all'}, and data.init_args.caption_weights gives none "
-                "of them a weight above 0: add one of them."
-            )
-        uniform = random.Random(f"caption/{self.seed}/{epoch}/{index}").random() * total
-        for text, weight in options:
-            uniform -= weight
-            if uniform < 0:
-                return text
-        return next(text for text, weight in reversed(options) if weight > 0)  # rounding in the sum of the weights
-
-
-class SampleReader(Dataset[dict[str, Any]]):
-    """One split of a prepared folder, read at random. The chunks are opened at first use, in the worker that reads.
-
-    `folder` holds litdata's index.json and chunks. sizes: at which pictures are given; None: as they are stored.
-    Reading a damaged sample gives {"error": one sentence} instead of raising: an exception crosses from a worker with
-    its traceback glued to its message, a value as it is.
-    """
-
-    def __init__(self, folder: Path, choose_caption: CaptionChooser, sizes: SizeMapping | None = None) -> None:
-        self.folder = folder
-        self.choose_caption = choose_caption
-        self.sizes = sizes
-        chunks = json.loads((folder / "index.json").read_text(encoding="utf-8"))["chunks"]
-        self._chunk_names = [chunk["filename"] for chunk in chunks]
-        self._chunk_sizes = [chunk["chunk_size"] for chunk in chunks]
-        self._chunk_ends = list(accumulate(self._chunk_sizes))
-        self._stream: StreamingDataset | None = None
-
-    def __len__(self) -> int:
-        return self._chunk_ends[-1]
-
-    def plain_table(self) -> SampleTable:
-        """The chunks alone, as if all samples were alike."""
-        return SampleTable(
-            len(self), chunk=np.repeat(np.arange(len(self._chunk_sizes), dtype=np.int32), self._chunk_sizes)
-        )
-
-    def table(self, **options: Any) -> SampleTable:
-        """What planning knows of these samples at this reader's sizes; for the options see `read_table`."""
-        return read_table(self.folder, self._chunk_sizes, self.sizes, **options)
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
-        """A batch at once: read in the order of the chunks, so that each is opened once, given in the order asked."""
-        samples = {key: self._read(*key) for key in sorted(keys, key=lambda key: key[1])}
-        return [samples[key] for key in keys]
-
-    def _read(self, epoch: int, index: int) -> dict[str, Any]:
-        if self._stream is None:
-            self._stream = StreamingDataset(str(self.folder), batch_decode=0)
-        name: Any = f"number {index}"
-        try:
-            stored = self._stream[index]
-            name = stored["id"]
-            return {
-                "image": self._picture(stored["image"].tobytes()),
-                "caption": self.choose_caption(json.loads(stored["captions"]), epoch, index),
-                "metadata": json.loads(stored["metadata"]),
-                "id": name,
-            }
-        except UserError as error:
-            return {"error": f"Sample {name} in {self._chunk_of(index)} {error}"}
-        except Exception as error:  # damaged bytes break litdata, Pillow and json in many ways
-            return {
-                "error": f"Sample {name} in {self._chunk_of(index)} cannot be read ({type(error).__name__}: {error}): "
-                "copy the file again, or prepare the data again."
-            }
-
-    def _picture(self, content: bytes) -> np.ndarray:
-        image = read_picture(content, name="")
-        if self.sizes is None:
-            return image
-        width, height = self.sizes(image.shape[1], image.shape[0])
-        return resize_to(image, int(width), int(height))
-
-    def _chunk_of(self, index: int) -> Path:
-        return self.folder / self._chunk_names[bisect_right(self._chunk_ends, index)]
-
-
-def read_batches(reader: Dataset[dict[str, Any]], plan: Iterable[list[Any]], num_workers: int) -> Iterator[Batch]:
-    """The batches of a plan, in its order. UserError names a sample that cannot be read."""
-    loader: Iterable[dict[str, Any]] = DataLoader(
-        reader,
-        batch_sampler=plan,
-        num_workers=num_workers,
-        collate_fn=_pack,
-    )
-    return map(_unpack, loader)
 
 
 class ResumableLoader:
@@ -209,8 +34,6 @@ class ResumableLoader:
 
     Args:
         table: what is known of the samples (`reader.table()`); None: nothing, so batches are slices of the order.
-        upcoming: is told the samples that this rank will read, in their order, whenever an epoch is begun or
-            continued, so that chunks far away can be fetched ahead.
 
     Raises:
         UserError: fewer samples than one step of all ranks; a sample that exceeds the budget; a state saved with other
@@ -231,12 +54,10 @@ class ResumableLoader:
         token_budget: int | None = None,
         window: int | None = None,
         table: SampleTable | None = None,
-        upcoming: Callable[[np.ndarray], None] | None = None,
     ) -> None:
         self.reader = reader
         self.num_workers = num_workers
         self.rank = rank
-        self.upcoming = upcoming
         self.epoch = 0
         self.batches_done = 0  # of the epoch
         self.steps_done = 0  # of all epochs
@@ -256,6 +77,7 @@ class ResumableLoader:
             )
         check_budget(self._table, self._plan_settings)
         self._plans: dict[int, EpochPlan] = {}
+        self._announced: tuple[int, np.ndarray, np.ndarray] | None = None
         self._length: int | None = None
 
     def __len__(self) -> int:
@@ -266,6 +88,7 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         left = len(self) - self.steps_done % len(self)
+        self.announce()
         for batch in read_batches(self.reader, islice(self.keys(), left), self.num_workers):
             self.advance()
             yield batch
@@ -275,8 +98,6 @@ class ResumableLoader:
         epoch, done = self.epoch, self.batches_done
         while True:
             plan = self._plan(epoch)
-            if self.upcoming is not None and done < len(plan):
-                self.upcoming(plan.remaining(done, self.rank))
             for step in range(done, len(plan)):
                 yield [(epoch, index) for index in plan.batch(step, self.rank).tolist()]
             epoch, done = epoch + 1, 0
@@ -288,6 +109,21 @@ class ResumableLoader:
             self.batches_done = 0
         self.batches_done += 1
         self.steps_done += 1
+        self.announce()
+
+    def announce(self) -> None:
+        """Tell the reader which samples of an epoch come next, so that chunks far away are fetched ahead."""
+        if not self.reader.samples.is_remote:
+            return
+        epoch, done = self.epoch, self.batches_done
+        if done >= len(self._plan(epoch)):
+            epoch, done = epoch + 1, 0
+        if self._announced is None or self._announced[0] != epoch:
+            plan = self._plan(epoch)
+            sizes = np.diff(plan.offsets)[self.rank :: plan.world_size]
+            self._announced = epoch, plan.remaining(0, self.rank), np.append(0, np.cumsum(sizes))
+        _, order, starts = self._announced
+        self.reader.samples.upcoming(order[starts[done] :])
 
     def _plan(self, epoch: int) -> EpochPlan:
         if epoch not in self._plans:
@@ -347,6 +183,8 @@ class MixtureLoader:
     def __iter__(self) -> Iterator[Batch]:
         left = len(self) - sum(self._steps_done().values()) % len(self)
         reader = _Readers({name: loader.reader for name, loader in self.loaders.items()})
+        for loader in self.loaders.values():
+            loader.announce()
         for batch in read_batches(reader, islice(self._keys(), left), self.num_workers):
             self.loaders[self._next(self._steps_done())].advance()
             yield batch
@@ -434,30 +272,3 @@ class OrderedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return read_batches(self.reader, self._plan, self.num_workers)
-
-
-def _pack(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A batch as it leaves a worker: one tensor for all pixels, so one piece of shared memory, not one a picture."""
-    errors = [sample["error"] for sample in samples if "error" in sample]
-    if errors:
-        return {"error": errors[0]}
-    return {
-        "pixels": torch.from_numpy(np.concatenate([sample["image"].reshape(-1) for sample in samples])),
-        "shapes": [sample["image"].shape for sample in samples],
-        "captions": [sample["caption"] for sample in samples],
-        "metadata": [sample["metadata"] for sample in samples],
-        "ids": [sample["id"] for sample in samples],
-    }
-
-
-def _unpack(packed: Mapping[str, Any]) -> Batch:
-    if "error" in packed:
-        raise UserError(packed["error"])
-    shapes = packed["shapes"]
-    pieces = packed["pixels"].split([int(np.prod(shape)) for shape in shapes])
-    return {
-        "images": [piece.view(shape).permute(2, 0, 1) for piece, shape in zip(pieces, shapes, strict=True)],
-        "captions": packed["captions"],
-        "metadata": packed["metadata"],
-        "ids": packed["ids"],
-    }

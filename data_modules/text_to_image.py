@@ -1,15 +1,20 @@
-"""Pictures with captions, streamed from a prepared folder into Lightning's Trainer, with exact resume."""
+"""Prepared data sets of each kind, streamed into Lightning's Trainer with exact resume."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule
 
+from data_modules.buckets import SizeMapping
+from data_modules.cache import CacheSettings
 from data_modules.manifest import Manifest, Verify, read_manifest, verify_files
-from data_modules.streaming import Batch, CaptionChooser, OrderedLoader, ResumableLoader, SampleReader
-from zimage_lit.errors import UserError
+from data_modules.planning import PlanSettings, SampleTable
+from data_modules.remote import is_remote
+from data_modules.samples import Batch, CaptionChooser, SampleReader
+from data_modules.streaming import OrderedLoader, ResumableLoader
+from zimage_lit.errors import UserError, at_least_one
 
 CaptionWeights = dict[str, dict[str, float]]  # language -> kind -> weight
 
@@ -18,63 +23,84 @@ class TextToImageDataModule(LightningDataModule):
     """Text-to-image batches from a folder with manifest.json, train/ and perhaps val/ (litdata chunks).
 
     A batch is {"images": list of uint8 (3, H, W) tensors, "captions": list of str, "metadata": list of dict,
-    "ids": list of int or str}.
+    "ids": list of int or str}; of a data set with cached latents and features see `samples.Batch`.
     The training loader keeps its position in Lightning's checkpoints: a run that is killed and resumed sees the samples
     that the uninterrupted run would have seen, in this and in later epochs, with any number of workers.
 
     Args:
-        data_dir: the prepared folder.
-        batch_size: samples per device and step.
+        data_dir: the prepared folder, or its address (s3://, gs://, http://, https://).
+        batch_size: samples per device and step; null where token_budget is given.
         num_workers: reading processes; 0 reads in the training process.
         seed: of the order of the samples and of the choice of captions.
         caption_weights: language -> kind -> weight, how often each kind of caption is used; None: all alike.
         shuffle: a new order every epoch; false keeps the stored order.
-        drop_last: leave out the last, smaller batch of an epoch (required on several devices).
+        drop_last: leave out the last samples of an epoch, which do not fill a batch on every device.
         verify: what `setup` compares with the manifest: the "size" of every file, or its "sha256" too.
+        token_budget: packed tokens per device and step, in place of batch_size: long sequences make small batches.
+        sizes: at which pictures are trained; None: as they are stored.
+        concept_weights: concept -> how often an epoch has its samples, 1 for those not named.
+        window: chunks that are mixed with each other at a time, for data behind an address; None: all.
+        cache: where and how chunks behind an address are kept.
 
     Raises:
-        UserError: at `setup`, for a missing, unfinished, truncated or (with "sha256") damaged folder and for caption
-            weights that name what the data do not have; in training, for a sample that cannot be read.
+        UserError: at `setup`, for a missing, unfinished, truncated or (with "sha256") damaged folder, for data of
+            another kind, and for weights and sizes that do not fit the data; in training, for a sample that cannot be
+            read.
     """
+
+    roles: tuple[str, ...] = ("image",)  # what pictures a sample must have
+    pictures, sequences = 1, 1  # how its tokens are counted, see `planning.read_table`
+    group_size = 1  # times that a sample stands in its batch
 
     def __init__(
         self,
         data_dir: str,
-        batch_size: int = 64,
+        batch_size: int | None = 64,
         num_workers: int = 0,
         seed: int = 0,
         caption_weights: CaptionWeights | None = None,
         shuffle: bool = True,
         drop_last: bool = True,
         verify: Verify = "size",
+        token_budget: int | None = None,
+        sizes: SizeMapping | None = None,
+        concept_weights: dict[str, float] | None = None,
+        window: int | None = None,
+        cache: CacheSettings | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"data.init_args.batch_size is {batch_size}: set it to 1 or more.")
+        PlanSettings(batch_size, token_budget, window=window)  # says what is wrong with them
         if num_workers < 0:
             raise UserError(f"data.init_args.num_workers is {num_workers}: set it to 0 or more.")
-        self.data_dir = Path(data_dir)
+        self.data_dir: Path | str = data_dir if is_remote(data_dir) else Path(data_dir)
         self.batch_size = batch_size
+        self.token_budget = token_budget
         self.num_workers = num_workers
         self.seed = seed
         self.caption_weights = caption_weights
+        self.concept_weights = concept_weights
+        self.sizes = sizes
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self.window = window
         self.verify: Verify = verify
+        self.cache = cache
         self._manifest: Manifest | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Check the folder and the caption weights. Called on every device, once for each stage."""
+        """Check the data set and the settings against it. Called on every device, once for each stage."""
         if self._manifest is None:
             manifest = read_manifest(self.data_dir)
             verify_files(self.data_dir, manifest, self.verify)
+            self._check_kind(manifest)
             check_caption_weights(self.caption_weights, manifest.captions)
             self._manifest = manifest
 
     def train_dataloader(self) -> ResumableLoader:
         rank, world_size = self._rank_and_world_size()
+        reader = self._reader("train")
         return ResumableLoader(
-            self._reader("train"),
+            reader,
             self.fingerprint,
             self.batch_size,
             self.seed,
@@ -83,6 +109,9 @@ class TextToImageDataModule(LightningDataModule):
             num_workers=self.num_workers,
             rank=rank,
             world_size=world_size,
+            token_budget=self.token_budget,
+            window=self.window,
+            table=self._table(reader),
         )
 
     def val_dataloader(self) -> OrderedLoader | list[Any]:
@@ -90,11 +119,17 @@ class TextToImageDataModule(LightningDataModule):
         if "val" not in self.manifest.splits:
             return []
         rank, world_size = self._rank_and_world_size()
-        return OrderedLoader(self._reader("val"), self.batch_size, self.num_workers, rank, world_size)
+        reader = self._reader("val")
+        table = self._table(reader)
+        return OrderedLoader(reader, self.batch_size, self.num_workers, rank, world_size, self.token_budget, table)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Only the images move; Lightning's own search for tensors would walk through every word of the metadata."""
-        return {**batch, "images": [image.to(device, non_blocking=True) for image in batch["images"]]}
+        """Only tensors move; Lightning's own search for them would walk through every word of the metadata."""
+        moved = {
+            name: [item.to(device, non_blocking=True) if isinstance(item, torch.Tensor) else item for item in items]
+            for name, items in cast(dict[str, list[Any]], batch).items()
+        }
+        return cast(Batch, moved)
 
     @property
     def manifest(self) -> Manifest:
@@ -105,21 +140,128 @@ class TextToImageDataModule(LightningDataModule):
         """SHA-256 over all stored samples: two runs with the same fingerprint trained on the same data."""
         return self.manifest.fingerprint
 
+    @property
+    def cached(self) -> dict[str, str]:
+        """ "codec", "text_encoder" -> fingerprint of the component whose results the data set holds; often empty."""
+        return dict(self.manifest.settings.get("cached", {}))
+
     def dataset_info(self) -> dict[str, Any]:
         """What tracking records of the data: name, fingerprint, num_samples (of the split train) and path."""
         manifest = self.manifest
+        path = self.data_dir.absolute() if isinstance(self.data_dir, Path) else self.data_dir
         return {
             "name": manifest.name,
             "fingerprint": manifest.fingerprint,
             "num_samples": manifest.splits["train"],
-            "path": str(self.data_dir.absolute()),
+            "path": str(path),
         }
 
     def _reader(self, split: str) -> SampleReader:
-        return SampleReader(self.data_dir / split, CaptionChooser(self.caption_weights, self.seed))
+        folder = self.data_dir / split if isinstance(self.data_dir, Path) else f"{self.data_dir.rstrip('/')}/{split}"
+        choose_caption = CaptionChooser(self.caption_weights, self.seed)
+        return SampleReader(folder, choose_caption, self.sizes, self.cache, self.group_size)
+
+    def _table(self, reader: SampleReader) -> SampleTable | None:
+        """What planning must know: nothing where batches are plain slices of the order."""
+        if self.token_budget is None and self.sizes is None and not self.concept_weights:
+            return None
+        return reader.table(
+            concepts=self.manifest.settings.get("concepts", ()),
+            concept_weights=self.concept_weights,
+            pictures=self.pictures,
+            sequences=self.sequences,
+        )
+
+    def _check_kind(self, manifest: Manifest) -> None:
+        """UserError where the samples have other pictures than this module gives out, or cannot be resized."""
+        roles = tuple(manifest.settings.get("roles", ["image"]))
+        if set(roles) != set(self.roles):
+            raise UserError(
+                f"{self.data_dir} has samples with {' and '.join(roles) or 'no picture'}, and {type(self).__name__} "
+                f"needs {' and '.join(self.roles) or 'none'}: set data.class_path to {MODULES[frozenset(roles)]}."
+            )
+        if self.sizes is not None and manifest.settings.get("cached", {}).get("codec"):
+            raise UserError(
+                f"{self.data_dir} has latents of pictures of fixed sizes: leave out data.init_args.sizes, or use the "
+                "data set that they were made from."
+            )
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+class EditingDataModule(TextToImageDataModule):
+    """Editing batches: `sources`, the `images` that they are to become, and as `captions` what is to be done.
+
+    Which captions stand for that, the kind `instruction`, the kind `difference` (what differs between the two) or the
+    target's own, is `caption_weights`' to say. Mix with text-to-image data by `MixtureDataModule`, four to one as
+    published. The pictures of a sample may differ in size; the token budget counts both as large as the target.
+
+    Args and errors: see TextToImageDataModule.
+    """
+
+    roles = ("image", "source")
+    pictures = 2
+
+
+class PreferenceDataModule(TextToImageDataModule):
+    """Preference batches: `winners` and `losers`, the pictures of a pair at the same place, and their `captions`.
+
+    A pair is one sample, so its two pictures are always in the same batch. The token budget counts both.
+
+    Args and errors: see TextToImageDataModule.
+    """
+
+    roles = ("winner", "loser")
+    sequences = 2
+
+
+class PromptDataModule(TextToImageDataModule):
+    """Batches of prompts alone, for stages that draw their own pictures: `captions`, `metadata` and `ids`.
+
+    Args:
+        group_size: times that each prompt stands in its batch, one after the other: pictures that are compared.
+        batch_size: prompts per device and step, each `group_size` times.
+
+    Other args and errors: see TextToImageDataModule.
+    """
+
+    roles = ()
+
+    def __init__(
+        self,
+        data_dir: str,
+        batch_size: int = 8,
+        group_size: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+        caption_weights: CaptionWeights | None = None,
+        concept_weights: dict[str, float] | None = None,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        verify: Verify = "size",
+        cache: CacheSettings | None = None,
+    ) -> None:
+        super().__init__(
+            data_dir,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            caption_weights=caption_weights,
+            concept_weights=concept_weights,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            verify=verify,
+            cache=cache,
+        )
+        at_least_one("data.init_args.group_size", group_size)
+        self.group_size = group_size
+
+
+MODULES = {
+    frozenset(module.roles): f"data_modules.{module.__name__}"
+    for module in (TextToImageDataModule, EditingDataModule, PreferenceDataModule, PromptDataModule)
+}
 
 
 def check_caption_weights(

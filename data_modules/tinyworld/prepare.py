@@ -25,7 +25,7 @@ from rich.console import Console
 from data_modules.folder_lock import is_prepared, sole_preparation
 from data_modules.manifest import MANIFEST, write_manifest
 from data_modules.progress import counter_progress
-from data_modules.streaming import encode_sample
+from data_modules.samples import encode_sample
 from data_modules.tinyworld.captions import KINDS, LANGUAGES
 from data_modules.tinyworld.combinations import Split
 from data_modules.tinyworld.world import draw

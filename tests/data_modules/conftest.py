@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data_modules.manifest import write_manifest
-from data_modules.streaming import encode_sample
+from data_modules.samples import encode_sample
 
 NUM_SAMPLES = 44
 CHUNK_SIZE = 10

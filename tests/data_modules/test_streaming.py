@@ -3,7 +3,7 @@
 import io
 from collections import Counter
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,10 @@ import torch
 from PIL import Image
 
 from data_modules.buckets import SizeMapping, resize_to
+from data_modules.chunks import ChunkedSamples
 from data_modules.manifest import read_manifest, write_manifest
-from data_modules.streaming import (
-    CaptionChooser,
-    MixtureLoader,
-    OrderedLoader,
-    ResumableLoader,
-    SampleReader,
-    encode_sample,
-)
+from data_modules.samples import CaptionChooser, SampleReader, encode_sample
+from data_modules.streaming import MixtureLoader, OrderedLoader, ResumableLoader
 from data_modules.text_to_image import TextToImageDataModule
 from zimage_lit.errors import UserError
 from zimage_lit.rng import generator
@@ -307,13 +302,16 @@ def test_concept_weights_hold_over_epochs(sized_folder: Path) -> None:
     assert names == Counter({index: in_four_epochs[index % 3] for index in range(SIZED)})
 
 
-def test_what_comes_next_is_told_ahead(sized_folder: Path) -> None:
+def test_what_comes_next_is_told_ahead(sized_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[list[int]] = []
-    loader = sized_loader(sized_folder, upcoming=lambda indices: told.append(indices.tolist()), rank=1, world_size=2)
-    first = [int(name) for ids in stream(loader, 3) for name in ids]
-    rest = [int(name) for ids in epoch_of(loader) for name in ids]
-    assert told[0] == first + rest
-    assert told[1] == rest
+    loader = sized_loader(sized_folder, rank=1, world_size=2)
+    monkeypatch.setattr(ChunkedSamples, "is_remote", True)
+    monkeypatch.setattr(ChunkedSamples, "upcoming", lambda _, indices: told.append(indices.tolist()))
+    epoch = [int(name) for ids in stream(loader, len(loader)) for name in ids]
+    assert told[0] == epoch
+    for sooner, later in pairwise(told[:-1]):
+        assert 0 < len(later) < len(sooner) and sooner[-len(later) :] == later
+    assert told[-1] == [int(name) for ids in epoch_of(loader) for name in ids]  # the whole next epoch
 
 
 # Mixtures
@@ -374,7 +372,7 @@ def test_the_caption_is_a_function_of_seed_epoch_and_sample() -> None:
     captions = {"en": {"short": "a", "long": "b"}, "zh": {"short": "c"}}
     reordered = {"zh": {"short": "c"}, "en": {"long": "b", "short": "a"}}
 
-    def choices(seed: int, epoch: int) -> list[str]:
+    def choices(seed: int, epoch: int) -> list[tuple[str, str]]:
         choose = CaptionChooser(None, seed)
         return [choose(captions, epoch, index) for index in range(200)]
 
@@ -387,8 +385,8 @@ def test_captions_come_as_often_as_their_weights_say() -> None:
     choose = CaptionChooser({"en": {"short": 3.0, "long": 1.0, "tags": 5.0}, "zh": {"short": 0.0}}, seed=0)
     captions = {"en": {"short": "a", "long": "b"}, "zh": {"short": "c"}}  # no tags: their weight does not count
     found = Counter(choose(captions, epoch, index) for epoch in range(4) for index in range(1000))
-    assert set(found) == {"a", "b"}
-    assert abs(found["a"] / 4000 - 0.75) < 4 * (0.75 * 0.25 / 4000) ** 0.5  # four standard deviations
+    assert set(found) == {("en", "short"), ("en", "long")}
+    assert abs(found["en", "short"] / 4000 - 0.75) < 4 * (0.75 * 0.25 / 4000) ** 0.5  # four standard deviations
 
 
 @pytest.mark.parametrize(

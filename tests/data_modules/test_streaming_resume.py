@@ -15,7 +15,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data_modules.buckets import SizeMapping
-from data_modules.streaming import Batch, CaptionChooser, MixtureLoader, ResumableLoader, SampleReader
+from data_modules.samples import Batch, CaptionChooser, SampleReader
+from data_modules.streaming import MixtureLoader, ResumableLoader
 from data_modules.text_to_image import TextToImageDataModule
 from zimage_lit.errors import UserError
 
