@@ -73,16 +73,16 @@ class MixtureDataModule(LightningDataModule):
         return module.transfer_batch_to_device(batch, device, dataloader_idx)
 
     @property
-    def cached(self) -> dict[str, str]:
+    def encoded_by(self) -> dict[str, str]:
         """ "codec", "text_encoder" -> fingerprint of the component whose results the data sets hold.
 
         Raises UserError where two data sets were made with different ones.
         """
         together: dict[str, str] = {}
         for name, module in self.data.items():
-            for part, fingerprint in module.cached.items():
+            for part, fingerprint in module.encoded_by.items():
                 if together.setdefault(part, fingerprint) != fingerprint:
-                    raise UserError(f"data.init_args.data.{name} was cached with another {part} than those before it.")
+                    raise UserError(f"data.init_args.data.{name} was encoded by another {part} than those before it.")
         return together
 
     def dataset_info(self) -> dict[str, Any]:

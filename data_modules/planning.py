@@ -23,6 +23,7 @@ from zimage_lit.errors import UserError
 from zimage_lit.rng import generator
 
 PLANNING = "planning.npz"
+PLANNING_COLUMNS = ("width", "height", "caption_tokens", "concept")
 BLOCK = 2**20  # samples
 PAD_MULTIPLE = 32  # tokens; the backbone pads the image and the caption of each sample to a multiple of it
 
@@ -457,10 +458,9 @@ def _permutation(length: int, settings: PlanSettings, purpose: str, epoch: int) 
 
 def _read_columns(path: Path, num_samples: int) -> dict[str, np.ndarray]:
     """The columns of a planning.npz that fit the samples."""
-    names = ("width", "height", "caption_tokens", "concept")
     try:
         with np.load(path) as file:
-            columns = {name: file[name] for name in names}
+            columns = {name: file[name] for name in PLANNING_COLUMNS}
     except Exception as error:  # damaged bytes break zipfile, zlib and numpy in many ways
         raise UserError(
             f"{path} cannot be read ({type(error).__name__}: {error}): copy it again, or prepare the data again."

@@ -15,8 +15,6 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from io import BytesIO
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from data_modules.assembly import assemble_split
 from data_modules.folder_lock import LOCK, differences, is_prepared, sole_preparation
 from data_modules.images import LARGEST
 from data_modules.manifest import Manifest, read_manifest, write_manifest
@@ -47,7 +46,6 @@ FOLDER_KEY = "output"
 PARTS = ".parts"  # below the output, until it is finished
 REJECTED = "rejected.jsonl"
 REPORT = "preparation.json"
-PLANNING = "planning.npz"
 GO_ON = "everything finished is kept, and the same command goes on from there"
 
 
@@ -278,12 +276,9 @@ def _sum_up(output: Path, folders: list[Path]) -> tuple[dict[str, Any], dict[str
 
 
 def _assemble_split(output: Path, split: str, folders: list[Path], concepts: list[str]) -> dict[str, str]:
-    """Chunks, index.json and planning.npz of a split; gives the SHA-256 of the chunks by their paths."""
-    folder = output / split
-    folder.mkdir(exist_ok=True)
-    numbers, places = count(), {concept: number for number, concept in enumerate(concepts)}
-    chunks: list[dict[str, Any]] = []
-    hashes: dict[str, str] = {}
+    """The files of a split; gives the SHA-256 of the chunks by their paths."""
+    places = {concept: number for number, concept in enumerate(concepts)}
+    parts: list[tuple[Path, list[dict[str, Any]]]] = []
     config: dict[str, Any] | None = None
     columns: list[np.ndarray] = []
     for part in folders:
@@ -291,38 +286,8 @@ def _assemble_split(output: Path, split: str, folders: list[Path], concepts: lis
         config = config or summary.config
         rows = [[*row[2:5], -1 if row[5] is None else places[row[5]]] for row in summary.samples[split]]
         columns.append(np.array(rows, dtype=np.int64).reshape(-1, 4))
-        for chunk in summary.chunks[split]:
-            name = f"samples-{next(numbers):05d}.bin"
-            _move(part / split / chunk["filename"], folder / name, output)
-            hashes[f"{split}/{name}"] = chunk.pop("sha256")
-            chunks.append({**chunk, "filename": name})
-    # litdata asks only whether `updated_at` changed: a hash instead of its clock keeps the file the same every time
-    updated_at = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
-    index = {"chunks": chunks, "config": config, "updated_at": updated_at}
-    write_atomically(folder / "index.json", json.dumps(index, sort_keys=True))
-    write_atomically(folder / PLANNING, _planning(np.concatenate(columns)))
-    return hashes
-
-
-def _move(chunk: Path, target: Path, output: Path) -> None:
-    if chunk.is_file():
-        chunk.rename(target)
-    elif not target.is_file():  # else moved already, before this preparation was killed
-        raise UserError(f"{chunk} is gone: delete {output} and prepare it again.")
-
-
-def _planning(columns: np.ndarray) -> bytes:
-    """planning.npz of (N, 4) width, height, caption tokens, concept."""
-    buffer = BytesIO()
-    width, height, tokens, concept = columns.T
-    np.savez(
-        buffer,
-        width=width.astype(np.uint16),
-        height=height.astype(np.uint16),
-        caption_tokens=tokens.astype(np.uint16),
-        concept=concept.astype(np.int32),
-    )
-    return buffer.getvalue()
+        parts.append((part / split, summary.chunks[split]))
+    return assemble_split(output / split, parts, config, np.concatenate(columns))
 
 
 def _show(report: dict[str, Any], output: Path) -> None:

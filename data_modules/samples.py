@@ -25,15 +25,15 @@ ROLES = ("image", "source", "winner", "loser")  # what a picture may be to its s
 
 
 class Batch(TypedDict, total=False):
-    """What a training step gets. Pictures are uint8 (3, H, W) RGB tensors, each of its own size; of data sets with
-    cached latents they are left out, and `image_latents` and so on hold float32 (C, h, w) in their place."""
+    """What a training step gets. Pictures are uint8 (3, H, W) RGB tensors, each of its own size; of encoded
+    data sets they are left out, and `image_latents` and so on hold float32 (C, h, w) in their place."""
 
     images: list[torch.Tensor]  # text-to-image; editing: what the source is to become
     sources: list[torch.Tensor]  # editing
     winners: list[torch.Tensor]  # preference
     losers: list[torch.Tensor]
     captions: list[str]
-    caption_features: list[torch.Tensor]  # float32 (L, D), only of data sets with cached features
+    caption_features: list[torch.Tensor]  # float32 (L, D), only of encoded data sets
     metadata: list[dict[str, Any]]
     ids: list[int | str]
 
@@ -70,6 +70,15 @@ def _as_file(picture: np.ndarray | bytes) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def training_picture(content: bytes, sizes: SizeMapping | None) -> np.ndarray:
+    """A stored picture at its training size, uint8 (H, W, 3); None: as it is stored. Raises Rejected."""
+    image = read_picture(content, name="")
+    if sizes is None:
+        return image
+    width, height = sizes(image.shape[1], image.shape[0])
+    return resize_to(image, int(width), int(height))
 
 
 def caption_order(captions: Captions) -> list[tuple[str, str]]:
@@ -184,20 +193,13 @@ class SampleReader(Dataset[dict[str, Any]]):
 
     def _arrays(self, stored: Mapping[str, Any], caption: int) -> dict[str, np.ndarray]:
         """The arrays of a sample by their names in a batch; `caption`: the chosen one's place among the captions."""
-        arrays = {f"{role}s": self._picture(stored[role].tobytes()) for role in ROLES if role in stored}
+        arrays = {f"{role}s": training_picture(stored[role].tobytes(), self.sizes) for role in ROLES if role in stored}
         arrays |= {name: stored[name] for name in (f"{role}_latents" for role in ROLES) if name in stored}
         if "caption_features" in stored:
             end = int(stored["feature_lengths"][: caption + 1].sum())
             start = end - int(stored["feature_lengths"][caption])
             arrays["caption_features"] = stored["caption_features"][start:end]
         return arrays
-
-    def _picture(self, content: bytes) -> np.ndarray:
-        image = read_picture(content, name="")
-        if self.sizes is None:
-            return image
-        width, height = self.sizes(image.shape[1], image.shape[0])
-        return resize_to(image, int(width), int(height))
 
 
 def read_batches(reader: Dataset[dict[str, Any]], plan: Iterable[list[Any]], num_workers: int) -> Iterator[Batch]:

@@ -23,7 +23,7 @@ class TextToImageDataModule(LightningDataModule):
     """Text-to-image batches from a folder with manifest.json, train/ and perhaps val/ (litdata chunks).
 
     A batch is {"images": list of uint8 (3, H, W) tensors, "captions": list of str, "metadata": list of dict,
-    "ids": list of int or str}; of a data set with cached latents and features see `samples.Batch`.
+    "ids": list of int or str}; of an encoded data set see `samples.Batch`.
     The training loader keeps its position in Lightning's checkpoints: a run that is killed and resumed sees the samples
     that the uninterrupted run would have seen, in this and in later epochs, with any number of workers.
 
@@ -141,9 +141,9 @@ class TextToImageDataModule(LightningDataModule):
         return self.manifest.fingerprint
 
     @property
-    def cached(self) -> dict[str, str]:
-        """ "codec", "text_encoder" -> fingerprint of the component whose results the data set holds; often empty."""
-        return dict(self.manifest.settings.get("cached", {}))
+    def encoded_by(self) -> dict[str, str]:
+        """ "codec", "text_encoder" -> fingerprint of the component whose results the data set holds, if any."""
+        return dict(self.manifest.settings.get("encoded_by", {}))
 
     def dataset_info(self) -> dict[str, Any]:
         """What tracking records of the data: name, fingerprint, num_samples (of the split train) and path."""
@@ -180,7 +180,7 @@ class TextToImageDataModule(LightningDataModule):
                 f"{self.data_dir} has samples with {' and '.join(roles) or 'no picture'}, and {type(self).__name__} "
                 f"needs {' and '.join(self.roles) or 'none'}: set data.class_path to {MODULES[frozenset(roles)]}."
             )
-        if self.sizes is not None and manifest.settings.get("cached", {}).get("codec"):
+        if self.sizes is not None and manifest.settings.get("encoded_by", {}).get("codec"):
             raise UserError(
                 f"{self.data_dir} has latents of pictures of fixed sizes: leave out data.init_args.sizes, or use the "
                 "data set that they were made from."

@@ -48,6 +48,7 @@ class Task:
 
 TASKS = {
     "prepare": Task("raw data to a prepared data set", "data_modules.preparation:prepare_task", "PrepareSettings"),
+    "encode": Task("latents and features, worked out once", "data_modules.encoding:encode_task", "EncodeSettings"),
     "verify": Task("a prepared data set against its hashes", "data_modules.verification:verify_task", "VerifySettings"),
     "generate": Task("pictures from prompts", "zimage_lit.pipeline:generate_task", "GenerateSettings"),
 }

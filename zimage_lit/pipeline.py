@@ -389,6 +389,16 @@ def _class_of(
     return known[name]
 
 
+def codec_from(folder: str | Path) -> LatentCodec:
+    """The latent codec in a folder, or in vae/ of a pipeline's folder. UserError where there is none that is known."""
+    folder = Path(folder)
+    inner = folder / "vae" if (folder / "vae").is_dir() else folder
+    name = read_json(inner / "config.json").get("_class_name")
+    if name not in CODECS:
+        raise UserError(f'{inner / "config.json"} describes a "{name}"; known codecs are {", ".join(CODECS)}.')
+    return CODECS[name](inner)
+
+
 def _index_entry(folder: Path) -> list[str]:
     name = read_json(folder / "config.json")["_class_name"]
     return ["diffusers" if name in DIFFUSERS_CLASSES else "zimage_lit", name]

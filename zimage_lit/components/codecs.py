@@ -41,6 +41,8 @@ class LatentCodec(Protocol):
 
     def to(self, device: torch.device | str) -> Self: ...
 
+    def fingerprint(self) -> str: ...
+
 
 class PatchPCACodec:
     """Linear codec: every patch of pixels is projected on the leading principal components of such patches.
@@ -156,6 +158,10 @@ class PatchPCACodec:
             self._weights = {name: tensor.to(self._device) for name, tensor in self._weights.items()}
         return self
 
+    def fingerprint(self) -> str:
+        """SHA-256 of its files: codecs with the same one give the same latents."""
+        return fingerprint(self.folder)
+
     def _load(self) -> dict[str, torch.Tensor]:
         if self._weights is None:
             pixels = 3 * self.downsample**2
@@ -252,6 +258,10 @@ class FluxVAECodec:
         if self._vae is not None:
             self._vae.to(self._device)
         return self
+
+    def fingerprint(self) -> str:
+        """SHA-256 of its files: codecs with the same one give the same latents."""
+        return fingerprint(self._vae_folder())
 
     def _vae_folder(self) -> Path:
         return self.folder / "vae" if (self.folder / "vae").is_dir() else self.folder

@@ -4,6 +4,7 @@
 alike.
 """
 
+import hashlib
 import string
 import warnings
 from collections import OrderedDict, defaultdict
@@ -15,7 +16,7 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from safetensors import SafetensorError
 
-from zimage_lit.components.codecs import as_dtype, without_autocast
+from zimage_lit.components.codecs import as_dtype, fingerprint, without_autocast
 from zimage_lit.errors import UserError
 from zimage_lit.files import read_json
 
@@ -34,6 +35,8 @@ class TextEncoder(Protocol):
     def encode(self, prompts: list[str]) -> list[torch.Tensor]: ...
 
     def to(self, device: torch.device | str) -> Self: ...
+
+    def fingerprint(self) -> str: ...
 
 
 class Qwen3TextEncoder:
@@ -131,6 +134,11 @@ class Qwen3TextEncoder:
             self._model.to(device)
         return self
 
+    def fingerprint(self) -> str:
+        """SHA-256 of its files and its tokenizer's: encoders with the same one give the same features."""
+        folders = dict.fromkeys((self._model_folder(), self._tokenizer_folder()))
+        return hashlib.sha256("".join(map(fingerprint, folders)).encode()).hexdigest()
+
     def _encode_new(self, prompts: list[str]) -> list[torch.Tensor]:
         ids = self.tokenize(prompts)
         groups: dict[int, list[int]] = defaultdict(list)
@@ -187,11 +195,7 @@ class Qwen3TextEncoder:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            self._read_config()  # a missing folder should be named as such, not as a missing tokenizer
-            beside = [self.folder / "tokenizer", self._model_folder(), self.folder.parent / "tokenizer"]
-            folder = next((path for path in beside if (path / "tokenizer_config.json").is_file()), None)
-            if folder is None:
-                raise UserError(f"{beside[1]} has no tokenizer_config.json, nor has {beside[0]}; add the tokenizer.")
+            folder = self._tokenizer_folder()
             try:
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             except Exception as error:  # transformers and tokenizers raise all kinds; none of them names the folder
@@ -200,6 +204,14 @@ class Qwen3TextEncoder:
                 raise UserError(f"The tokenizer in {folder} has no chat template; take the one published with Qwen3.")
             self._tokenizer = tokenizer
         return self._tokenizer
+
+    def _tokenizer_folder(self) -> Path:
+        self._read_config()  # a missing folder should be named as such, not as a missing tokenizer
+        beside = [self.folder / "tokenizer", self._model_folder(), self.folder.parent / "tokenizer"]
+        folder = next((path for path in beside if (path / "tokenizer_config.json").is_file()), None)
+        if folder is None:
+            raise UserError(f"{beside[1]} has no tokenizer_config.json, nor has {beside[0]}; add the tokenizer.")
+        return folder
 
     def _load_model(self) -> Any:
         if self._model is None:

@@ -14,6 +14,7 @@ from zimage_lit.errors import UserError
 from zimage_lit.objectives import flow_matching
 from zimage_lit.objectives.timesteps import TimestepLaw
 from zimage_lit.rng import generator
+from zimage_lit.stages.frozen_parts import check_encoded_by
 from zimage_lit.stages.initial_weights import backbone_config, build_backbone, check_continues
 from zimage_lit.stages.optimizers import OptimizerSettings, build_optimizer, learning_rate_factor
 
@@ -60,17 +61,18 @@ class FlowMatchingModule(LightningModule):
         check_continues(checkpoint, self.backbone, self.optimizer_settings.name)
 
     def setup(self, stage: str) -> None:
+        check_encoded_by(getattr(self.trainer, "datamodule", None), self.codec, self.text_encoder)
         self.text_encoder.to(self.device)
         self.codec.to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.losses(batch, "train", self.trainer.fit_loop.epoch_loop.total_batch_idx).mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["images"]))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["captions"]))
         return loss
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         loss = self.losses(batch, "val", batch_idx).mean()  # the same noise at every validation
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["images"]), sync_dist=True)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["captions"]), sync_dist=True)
 
     def losses(self, batch: dict[str, Any], phase: str, step: int) -> Tensor:
         """Per-sample squared error of the velocity, (B,); its randomness depends on (seed, phase, step, rank) alone."""
@@ -78,19 +80,30 @@ class FlowMatchingModule(LightningModule):
         def draw(purpose: str) -> torch.Generator:
             return generator(self.seed, f"{phase}/{purpose}", step, self.global_rank)
 
-        data = self.encode_images(batch["images"])
+        data = batch["image_latents"] if "image_latents" in batch else self.encode_images(batch["images"])
         dropped = torch.rand(len(data), generator=draw("caption_dropout")) < (
             self.caption_dropout if phase == "train" else 0.0
         )
-        captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["captions"], strict=True)]
+        features = self.encode_captions(batch, dropped.tolist())
         patch_area = self.config.patch_size**2
         t = self.timesteps.sample([x[0].numel() // patch_area for x in data], draw("timesteps")).to(self.device)
         noise_source = draw("noise")
         noise = [torch.randn(x.shape, generator=noise_source).to(self.device) for x in data]
 
         noisy = flow_matching.interpolate(noise, data, t)
-        predicted = self.backbone(noisy, t, self.text_encoder.encode(captions))
+        predicted = self.backbone(noisy, t, features)
         return flow_matching.loss(predicted, flow_matching.target_velocity(noise, data))
+
+    def encode_captions(self, batch: dict[str, Any], dropped: list[bool]) -> list[Tensor]:
+        """Features (L_i, D) of a batch's captions, of the empty one where `dropped` says so."""
+        if "caption_features" not in batch:
+            captions = ["" if drop else text for drop, text in zip(dropped, batch["captions"], strict=True)]
+            return self.text_encoder.encode(captions)
+        features: list[Tensor] = batch["caption_features"]
+        if not any(dropped):  # then the encoder need not even be loaded
+            return features
+        (empty,) = self.text_encoder.encode([""])
+        return [empty if drop else known for drop, known in zip(dropped, features, strict=True)]
 
     def encode_images(self, images: list[Tensor]) -> list[Tensor]:
         """uint8 (3, H, W) pictures of any sizes -> latents (C, h, w); pictures of one size share a call."""
