@@ -99,6 +99,7 @@ class TextToImageDataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         rank, world_size = self._rank_and_world_size()
         reader = self._reader("train")
+        self._check_window(reader)
         return ResumableLoader(
             reader,
             self.fingerprint,
@@ -184,6 +185,17 @@ class TextToImageDataModule(LightningDataModule):
             raise UserError(
                 f"{self.data_dir} has latents of pictures of fixed sizes: leave out data.init_args.sizes, or use the "
                 "data set that they were made from."
+            )
+
+    def _check_window(self, reader: SampleReader) -> None:
+        """UserError where shuffling reaches over more chunks than the cache holds: most would be fetched many times."""
+        room, needed = reader.samples.chunks_at_once, len(reader.samples.chunk_ends)
+        if self.window is not None:
+            needed = min(needed, self.window + 1)
+        if self.shuffle and room < needed:
+            raise UserError(
+                f"data.init_args.cache.max_bytes has room for {room} chunks and shuffling needs {needed} at once: set "
+                f"data.init_args.window to {max(room // 2, 1)}, or raise cache.max_bytes."
             )
 
     def _rank_and_world_size(self) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from data_modules.chunks import ChunkedSamples
 from data_modules.manifest import read_manifest, verify_files, write_manifest
 from data_modules.samples import CaptionChooser, SampleReader
 from data_modules.streaming import ResumableLoader
+from data_modules.text_to_image import TextToImageDataModule
 from zimage_lit.errors import UserError
 
 NUM_SAMPLES, NUM_CHUNKS = 44, 5  # of the noise data set in conftest.py
@@ -544,3 +546,40 @@ def test_a_full_disk_is_named(server: Server, tmp_path: Path, monkeypatch: pytes
     ):
         samples[0]
     assert cached(tmp_path) == []
+
+
+# In a data module
+
+
+def remote_module(address: str, tmp_path: Path, chunks: float, **options: Any) -> TextToImageDataModule:
+    module = TextToImageDataModule(address, batch_size=8, seed=3, cache=settings(tmp_path, chunks), **options)
+    module.setup("fit")
+    return module
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_data_module_gives_the_same_batches_from_afar_and_resumes_anywhere(
+    server: Server, noise_folder: Path, tmp_path: Path, num_workers: int
+) -> None:
+    near = TextToImageDataModule(str(noise_folder), batch_size=8, seed=3, window=2)
+    near.setup("fit")
+    local = near.train_dataloader()
+    expected = [batch["ids"] for _ in range(2) for batch in local]
+    loader = remote_module(server.url, tmp_path, chunks=4, window=2, num_workers=num_workers).train_dataloader()
+    seen = [batch["ids"] for batch in islice(loader, 3)]
+    state = loader.state_dict()
+    again = remote_module(server.url, tmp_path, chunks=4, window=2, num_workers=2 - num_workers).train_dataloader()
+    again.load_state_dict(state)
+    seen += [batch["ids"] for batch in again] + [batch["ids"] for batch in again]
+    assert seen == expected
+    assert near.fingerprint == remote_module(server.url, tmp_path, chunks=4, window=2).fingerprint
+
+
+def test_a_window_larger_than_the_cache_is_refused(server: Server, tmp_path: Path) -> None:
+    message = r"room for 2 chunks and shuffling needs 5 at once: set data.init_args.window to 1, or raise"
+    with pytest.raises(UserError, match=message):
+        remote_module(server.url, tmp_path, chunks=2).train_dataloader()
+    with pytest.raises(UserError, match="shuffling needs 4 at once"):
+        remote_module(server.url, tmp_path, chunks=2, window=3).train_dataloader()
+    remote_module(server.url, tmp_path, chunks=2, window=1).train_dataloader()
+    remote_module(server.url, tmp_path, chunks=2, shuffle=False).train_dataloader()
