@@ -15,11 +15,12 @@ from litdata import StreamingDataset
 from litdata.streaming.item_loader import PyTreeLoader
 
 from data_modules.cache import CacheSettings, ChunkCache
+from data_modules.planning import PLANNING
 from data_modules.remote import FIRST_WAIT, LONGEST_WAIT, FileLock, Unanswered, is_remote
 from zimage_lit.errors import UserError
 from zimage_lit.files import read_json
 
-INDEX, PLANNING = "index.json", "planning.npz"
+INDEX = "index.json"
 BLOCK = 65_536  # indices looked through at a time for the next chunks
 LOOK_EVERY = 0.5  # seconds: how often `upcoming` looks whether there is something to fetch
 
