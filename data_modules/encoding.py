@@ -25,6 +25,7 @@ from data_modules.folder_lock import is_prepared, sole_preparation
 from data_modules.manifest import Manifest, read_manifest, write_manifest
 from data_modules.part_writer import SplitWriter
 from data_modules.planning import PLANNING, PLANNING_COLUMNS
+from data_modules.remote import is_remote
 from data_modules.samples import ROLES, caption_order, training_picture
 from zimage_lit.components import LatentCodec, TextEncoder
 from zimage_lit.config import settings_from
@@ -70,6 +71,8 @@ def encode(asked: EncodeSettings) -> Manifest:
 
     at_least_one("batch_size", asked.batch_size)
     at_least_one("chunk_mib", asked.chunk_mib)
+    if is_remote(asked.data):
+        raise UserError(f"encode reads a folder, not {asked.data}: copy the data set to this machine first.")
     if asked.codec is None and asked.text_encoder is None:
         raise UserError("encode has nothing to do: name a codec=FOLDER, a text_encoder=FOLDER, or both.")
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")

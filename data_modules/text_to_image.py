@@ -37,7 +37,7 @@ class TextToImageDataModule(LightningDataModule):
         drop_last: leave out the last samples of an epoch, which do not fill a batch on every device.
         verify: what `setup` compares with the manifest: the "size" of every file, or its "sha256" too.
         token_budget: packed tokens per device and step, in place of batch_size: long sequences make small batches.
-        sizes: at which pictures are trained; None: as they are stored.
+        sizes: at which pictures are trained; None: as they are stored. Latents are of the sizes they were made with.
         concept_weights: concept -> how often an epoch has its samples, 1 for those not named.
         window: chunks that are mixed with each other at a time, for data behind an address; None: all.
         cache: where and how chunks behind an address are kept.
@@ -157,10 +157,14 @@ class TextToImageDataModule(LightningDataModule):
             "path": str(path),
         }
 
+    def _has_latents(self, manifest: Manifest) -> bool:
+        return "codec" in manifest.settings.get("encoded_by", {})
+
     def _reader(self, split: str) -> SampleReader:
         folder = self.data_dir / split if isinstance(self.data_dir, Path) else f"{self.data_dir.rstrip('/')}/{split}"
         choose_caption = CaptionChooser(self.caption_weights, self.seed)
-        return SampleReader(folder, choose_caption, self.sizes, self.cache, self.group_size)
+        sizes = None if self._has_latents(self.manifest) else self.sizes  # latents have their sizes already
+        return SampleReader(folder, choose_caption, sizes, self.cache, self.group_size)
 
     def _table(self, reader: SampleReader) -> SampleTable | None:
         """What planning must know: nothing where batches are plain slices of the order."""
@@ -181,7 +185,9 @@ class TextToImageDataModule(LightningDataModule):
                 f"{self.data_dir} has samples with {' and '.join(roles) or 'no picture'}, and {type(self).__name__} "
                 f"needs {' and '.join(self.roles) or 'none'}: set data.class_path to {MODULES[frozenset(roles)]}."
             )
-        if self.sizes is not None and manifest.settings.get("encoded_by", {}).get("codec"):
+        encoded_at = manifest.settings.get("sizes")
+        same_sizes = self.sizes is None or (encoded_at and SizeMapping(**encoded_at) == self.sizes)
+        if self._has_latents(manifest) and not same_sizes:
             raise UserError(
                 f"{self.data_dir} has latents of pictures of fixed sizes: leave out data.init_args.sizes, or use the "
                 "data set that they were made from."

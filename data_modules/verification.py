@@ -11,8 +11,9 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from data_modules.manifest import Manifest, data_files, read_manifest, sha256
+from data_modules.remote import is_remote
 from zimage_lit.config import settings_from
-from zimage_lit.errors import at_least_one
+from zimage_lit.errors import UserError, at_least_one
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class VerifySettings:
 def verify_task(settings: dict[str, Any]) -> int:
     """Name every damaged, missing or extra file, each with the way out; returns the exit code, 1 where there is any."""
     asked = settings_from(VerifySettings, settings)
+    if is_remote(asked.data):
+        raise UserError(
+            f"verify reads a folder, not {asked.data}: run it where the files lie; in training every file behind an "
+            "address is compared with its SHA-256 when it arrives."
+        )
     data_dir = Path(asked.data)
     manifest = read_manifest(data_dir)
     num_workers = at_least_one("num_workers", (os.cpu_count() or 1) if asked.num_workers is None else asked.num_workers)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from zimage_lit import cli
 from zimage_lit import config as module
 from zimage_lit.config import callback_list, compose, key_comments, parse_overrides, settings_from, to_yaml
 from zimage_lit.errors import UserError
@@ -60,6 +61,13 @@ def test_a_value_that_must_be_given_does_not_hide_a_given_one(experiments: Path)
     write(experiments, "top", "defaults: [base]\nrun: {name: '???'}\ntrainer: {max_steps: '???'}")
     composed = compose("top", ["trainer.devices=2"])
     assert composed["trainer"] == {"max_steps": 1, "devices": 2} and composed["run"]["name"] == "top"
+
+
+def test_missing_values_are_an_error_unless_something_stands_for_them(experiments: Path) -> None:
+    write(experiments, "base", "trainer: {devices: '???', max_steps: '${trainer.devices}'}")
+    with pytest.raises(UserError, match=r"trainer\.devices has no value: give it as trainer\.devices="):
+        compose("base")
+    assert compose("base", gaps="missing")["trainer"] == {"devices": "missing", "max_steps": "missing"}
 
 
 def test_a_shared_default_is_merged_once_where_it_is_first_named(experiments: Path) -> None:
@@ -297,6 +305,20 @@ def test_right_settings_pass(good: dict[str, Any]) -> None:
     check_config(good)
 
 
+def test_checking_and_building_leave_a_mixture_of_data_sets_as_it_was() -> None:
+    """The parser rewrites components inside a mapping in place."""
+    part = {"class_path": "data_modules.TextToImageDataModule", "init_args": {"data_dir": "here"}}
+    mixture = {"data": {"photos": part}, "weights": {"photos": 1.0}}
+    config = toy()
+    config["trainer"] = {**config["trainer"], "logger": False}
+    config["data"] = {"class_path": "data_modules.MixtureDataModule", "init_args": mixture}
+    before = to_yaml(config)
+    check_config(config)
+    assert to_yaml(config) == before
+    cli.build(config)
+    assert to_yaml(config) == before
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -405,7 +427,14 @@ def test_other_settings_are_not_continued_and_are_named(tmp_path: Path) -> None:
     other = changed("model.init_args.dropout", 0.5)
     message = refused(plan_start, settings(tmp_path), other, True)
     assert "(model.init_args.dropout: absent there, 0.5 now)" in message and "run.resume=never" in message
-    for harmless in ("trainer.max_steps", "data.init_args.num_workers", "trainer.enable_progress_bar", "run.name"):
+    for harmless in (
+        "trainer.max_steps",
+        "trainer.enable_progress_bar",
+        "run.name",
+        "data.init_args.num_workers",
+        "data.init_args.cache.patience",
+        "data.init_args.data.photos.init_args.cache.max_bytes",
+    ):
         assert differences(toy(), changed(harmless, 5)) == {}
 
 

@@ -28,13 +28,36 @@ def test_every_experiment_describes_itself_in_one_line(name: str) -> None:
     assert description and "\n" not in description
 
 
+# What an experiment leaves to the person who runs it.
+GIVEN = {
+    "finetune": [
+        "model.init_args.init_from=model",
+        "data.init_args.data_dir=data",
+        "trainer.callbacks.samples.init_args.prompts=[a boat]",
+    ]
+}
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_is_valid_and_can_be_built(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = compose(name, ["trainer.accelerator=cpu", "trainer.devices=1"])
+    for part in ("transformer", "vae"):  # of a pipeline, as much as is read before training
+        (tmp_path / "model" / part).mkdir(parents=True)
+    (tmp_path / "model/transformer/config.json").write_text("{}")
+    (tmp_path / "model/vae/config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    config = compose(name, ["trainer.accelerator=cpu", "trainer.devices=1", *GIVEN.get(name, [])])
     check_config(config)
     built = cli.build(config)
     assert type(built.model).__name__ == config["model"]["class_path"].rpartition(".")[2]
     assert type(built.datamodule).__name__ == config["data"]["class_path"].rpartition(".")[2]
     named = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"].values()]
     assert set(named) <= {type(callback).__name__ for callback in built.trainer.callbacks}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_a_help_page(name: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["run", name, "--help"]) == 0
+    page = capsys.readouterr().out
+    assert "=???" not in page
+    for setting in GIVEN.get(name, []):
+        assert f"{setting.partition('=')[0]}=(must be given)" in page

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from zimage_lit import cli
 from zimage_lit.backbone import S3DiT, S3DiTConfig
 from zimage_lit.components import PatchPCACodec, Qwen3TextEncoder, build_tiny_qwen3
-from zimage_lit.config import to_yaml
+from zimage_lit.config import compose, to_yaml
 from zimage_lit.errors import UserError
 from zimage_lit.pipeline import (
     SamplingDefaults,
@@ -130,6 +131,18 @@ def test_a_folder_saved_by_diffusers_gives_the_pictures_of_diffusers(published, 
     pictures = ours(PROMPTS, negative_prompt="blurred", seed=seeds, guidance_scale=4.0, **common)
     for ours_one, theirs_one in zip(pixels(pictures), pixels(run_theirs("pil")), strict=True):
         assert np.abs(ours_one.astype(int) - theirs_one.astype(int)).max() <= 1
+
+
+def test_a_fine_tune_begins_from_a_published_folder(published):
+    given = [f"model.init_args.init_from={published[1]}", "data.init_args.data_dir=data", "trainer.logger=false"]
+    prompts = "trainer.callbacks.samples.init_args.prompts=[a red circle]"
+    module = cli.build(compose("finetune", [*given, prompts, "trainer.accelerator=cpu"])).model
+    module.configure_model()
+    pictures = [torch.full((3, 32, 48), 200, dtype=torch.uint8), torch.zeros((3, 64, 32), dtype=torch.uint8)]
+    losses = module.losses({"images": pictures, "captions": PROMPTS[:2]}, "train", 0)
+    assert losses.shape == (2,) and losses.isfinite().all()
+    losses.sum().backward()
+    assert module.backbone.config.dim == 64 and all(p.grad is not None for p in module.backbone.layers.parameters())
 
 
 def test_a_published_folder_sets_the_defaults_of_its_model(published):

@@ -5,6 +5,7 @@ once.
 """
 
 import ast
+import copy
 import importlib
 import importlib.util
 import os
@@ -57,6 +58,7 @@ IDLE_WARNINGS = (
     "LightningCLI's args parameter is intended to run from within Python",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     "Checkpoint directory .* exists and is not empty",
+    "Total length of `list` across ranks is zero",  # data without a validation split
 )
 
 USAGE = """\
@@ -211,7 +213,8 @@ def build(config: dict[str, Any]) -> Any:
     from lightning.pytorch.cli import LightningCLI
 
     sections = ("seed_everything", "trainer", "model", "data")
-    arguments = {section: callback_list(config)[section] for section in sections if section in config}
+    given = copy.deepcopy(callback_list(config))  # the parser rewrites what it is given
+    arguments = {section: given[section] for section in sections if section in given}
     arguments["trainer"] = {**arguments.get("trainer", {}), "default_root_dir": config["run"]["output_dir"]}
     try:
         return LightningCLI(
@@ -283,7 +286,7 @@ def experiment_help(name: str, program: str) -> str:
     comments: dict[str, str] = {}
     for layer in layers:
         comments.update({key: comment for key, comment in key_comments(layer.path).items() if comment})
-    config = compose(name)
+    config = compose(name, gaps="(must be given)")
     rows = [(f"{key}={as_typed(value)}", comments.get(key, "")) for key, value in flatten(config).items()]
     rows = [row for row in rows if not row[0].startswith("description=")]
     files = " <- ".join(str(layer.path) for layer in reversed(layers))

@@ -48,12 +48,13 @@ class Layer:
     values: dict[str, Any]
 
 
-def compose(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+def compose(name: str, overrides: Iterable[str] = (), gaps: str | None = None) -> dict[str, Any]:
     """The resolved settings of an experiment as plain dicts, lists and scalars.
 
     `name` is an experiment (`quickstart`, `tiny/sft`), looked up in ./experiments and then among the shipped ones, or
     the path of a .yaml file. `overrides` are `dotted.key=value` strings, applied last. `trainer.callbacks` stays a
-    mapping here (see `callback_list`), so the result can be written to a file and composed again.
+    mapping here (see `callback_list`), so the result can be written to a file and composed again. `gaps` stands for the
+    values that nobody has given; None: each is an error.
 
     Raises UserError for a missing file, a cycle, unreadable YAML, a malformed override or an unresolvable `${…}`.
     """
@@ -63,6 +64,8 @@ def compose(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
         config, removed = add_layer(config, removed, values, source)
     for name in removed:  # nobody needs to give the values that only a removed callback asks for
         callbacks_of(config)[name] = without_gaps(callbacks_of(config)[name])
+    if gaps is not None:
+        config = without_gaps(config, gaps)
     return without_callbacks(resolve(config), removed)
 
 
@@ -206,10 +209,10 @@ def callbacks_of(config: dict[str, Any]) -> Any:
     return trainer.get("callbacks") if isinstance(trainer, dict) else None
 
 
-def without_gaps(value: Any) -> Any:
+def without_gaps(value: Any, filler: str | None = None) -> Any:
     if isinstance(value, dict):
-        return {key: without_gaps(inner) for key, inner in value.items()}
-    return None if value == "???" else value
+        return {key: without_gaps(inner, filler) for key, inner in value.items()}
+    return filler if value == "???" else value
 
 
 def without_callbacks(config: dict[str, Any], names: set[str]) -> dict[str, Any]:

@@ -392,6 +392,8 @@ def _class_of(
 def codec_from(folder: str | Path) -> LatentCodec:
     """The latent codec in a folder, or in vae/ of a pipeline's folder. UserError where there is none that is known."""
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder} to read a latent codec from: check the path.")
     inner = folder / "vae" if (folder / "vae").is_dir() else folder
     name = read_json(inner / "config.json").get("_class_name")
     if name not in CODECS:

@@ -28,7 +28,8 @@ HARMLESS = (
     "trainer.enable_model_summary",
     "trainer.log_every_n_steps",
     "trainer.profiler",
-    "data.init_args.num_workers",
+    "data.init_args.*num_workers",  # of a mixture's data sets too, and so below
+    "data.init_args.*cache.*",
 )
 LIMITS = ("max_steps", "max_epochs", "max_time")
 ABSENT = object()

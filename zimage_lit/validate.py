@@ -5,6 +5,7 @@ is checked alone, so that the first wrong one is named in one sentence with its 
 """
 
 import collections.abc
+import copy
 import dataclasses
 import importlib
 import inspect
@@ -133,7 +134,7 @@ def check_type(key: str, value: Any, hint: Any) -> None:
         except ValueError:
             return  # a hint that jsonargparse does not know: the constructor itself must judge
         try:
-            parser.parse_object({"value": value})
+            parser.parse_object({"value": copy.deepcopy(value)})  # it rewrites components in a mapping where they are
         except ArgumentError:
             matches = False
     if not matches:

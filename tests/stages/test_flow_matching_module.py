@@ -14,7 +14,7 @@ from zimage_lit.errors import UserError
 from zimage_lit.objectives import TimestepLaw
 from zimage_lit.rng import generator
 from zimage_lit.stages import FlowMatchingModule
-from zimage_lit.stages.initial_weights import build_backbone
+from zimage_lit.stages.initial_weights import backbone_config, build_backbone
 from zimage_lit.stages.optimizers import OptimizerSettings, build_optimizer, is_block_matrix, learning_rate_factor
 
 CONFIG = S3DiTConfig(
@@ -205,6 +205,32 @@ def test_init_from_a_folder_and_from_a_checkpoint(parts, batch, tmp_path):
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     loaded = build_backbone(CONFIG, str(tmp_path / "run.ckpt"), seed=9)
     assert all(torch.equal(ema.average[name], weight) for name, weight in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("file", ["exported", "run.ckpt"])
+def test_weights_stored_in_half_train_in_the_precision_of_the_trainer(parts, tmp_path, file):
+    """Small steps would vanish in bfloat16."""
+    backbone = stage(parts).backbone.bfloat16()
+    backbone.save_pretrained(tmp_path / "exported")
+    weights = {f"backbone.{name}": weight for name, weight in backbone.state_dict().items()}
+    torch.save({"state_dict": weights, "pytorch-lightning_version": "2"}, tmp_path / "run.ckpt")
+    loaded = build_backbone(CONFIG, str(tmp_path / file), seed=0)
+    for half, full in zip(backbone.parameters(), loaded.parameters(), strict=True):
+        assert full.dtype == torch.float32 and torch.equal(full, half.float())
+
+
+def test_the_sizes_of_a_backbone_are_those_of_the_folder_that_is_named(parts, tmp_path):
+    stage(parts).backbone.save_pretrained(tmp_path / "pipeline/transformer")
+    assert backbone_config(str(tmp_path / "pipeline")) == CONFIG
+    with pytest.raises(UserError, match="no backbone in"):
+        backbone_config(str(tmp_path))
+
+
+def test_data_that_it_would_learn_wrongly_from_are_refused(parts, batch):
+    module = stage(parts)
+    for other in ({**batch, "sources": batch["images"]}, {"winners": batch["images"], "captions": batch["captions"]}):
+        with pytest.raises(UserError, match="learns from pictures and captions, and the data give"):
+            module.losses(other, "train", 0)
 
 
 def test_init_from_says_what_is_wrong(tmp_path, parts, monkeypatch):

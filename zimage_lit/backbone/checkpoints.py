@@ -83,8 +83,13 @@ def load(cls: type[Model], path: str | Path, dtype: torch.dtype | None = None) -
     if path.is_file():
         return load_comfyui(cls, path, dtype=dtype)
     folder = _transformer_folder(path)
-    config = _parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    return _build(cls, config, _catalogue(_weight_files(folder)), dtype, folder)
+    return _build(cls, read_config(path), _catalogue(_weight_files(folder)), dtype, folder)
+
+
+def read_config(path: str | Path) -> S3DiTConfig:
+    """The sizes of the backbone in a folder as `load` reads it; raises UserError that names the file."""
+    file = _transformer_folder(Path(path)) / "config.json"
+    return _parse_config(read_json(file), str(file))
 
 
 def export_comfyui(model: "S3DiT", file: str | Path, prefix: str = COMFYUI_PREFIXES[0]) -> None:

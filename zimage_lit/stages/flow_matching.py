@@ -14,7 +14,7 @@ from zimage_lit.errors import UserError
 from zimage_lit.objectives import flow_matching
 from zimage_lit.objectives.timesteps import TimestepLaw
 from zimage_lit.rng import generator
-from zimage_lit.stages.frozen_parts import check_encoded_by
+from zimage_lit.stages.frozen_parts import check_encoded_by, check_text_to_image
 from zimage_lit.stages.initial_weights import backbone_config, build_backbone, check_continues
 from zimage_lit.stages.optimizers import OptimizerSettings, build_optimizer, learning_rate_factor
 
@@ -22,7 +22,7 @@ from zimage_lit.stages.optimizers import OptimizerSettings, build_optimizer, lea
 class FlowMatchingModule(LightningModule):
     """Teaches the backbone the velocity from noise to latents, given captions.
 
-    backbone: a preset's name, or a mapping of `preset` and the sizes that differ from it.
+    backbone: a preset's name, a folder with a backbone of the wanted sizes, or `preset` and the sizes that differ.
     optimizer, timesteps: None for their defaults.
     init_from: a checkpoint, an exported folder or `run:<mlflow run id>` to start from.
     caption_dropout: share of captions replaced by the empty one, so that guidance has an unconditional branch.
@@ -76,6 +76,8 @@ class FlowMatchingModule(LightningModule):
 
     def losses(self, batch: dict[str, Any], phase: str, step: int) -> Tensor:
         """Per-sample squared error of the velocity, (B,); its randomness depends on (seed, phase, step, rank) alone."""
+
+        check_text_to_image(batch)
 
         def draw(purpose: str) -> torch.Generator:
             return generator(self.seed, f"{phase}/{purpose}", step, self.global_rank)

@@ -1,5 +1,6 @@
-"""What a stage asks of its frozen parts before it trains with what they made."""
+"""What a stage asks of its data and its frozen parts before it trains with what they made."""
 
+from collections.abc import Collection
 from typing import Any
 
 from zimage_lit.components import LatentCodec, TextEncoder
@@ -20,3 +21,13 @@ def check_encoded_by(datamodule: Any, codec: LatentCodec, text_encoder: TextEnco
                 f"The data hold {made} of another {name} than model.init_args.{name}: name the one that they were made "
                 "with, or run `encode` again with this one."
             )
+
+
+def check_text_to_image(names: Collection[str]) -> None:
+    """UserError where a batch, by its names, is not of pictures and captions alone: of an editing batch, a stage that
+    does not know the source would learn to draw the target from "make it red"."""
+    if {"sources", "source_latents"} & set(names) or not {"images", "image_latents"} & set(names):
+        raise UserError(
+            f"FlowMatchingModule learns from pictures and captions, and the data give {', '.join(names)}: name other "
+            "data, or a stage that learns from these."
+        )

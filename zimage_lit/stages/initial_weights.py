@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig
+from zimage_lit.backbone.checkpoints import read_config
 from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError
 
@@ -18,12 +19,13 @@ PREFIX = "backbone."  # of the backbone's tensors in a checkpoint
 
 
 def backbone_config(settings: str | dict[str, Any]) -> S3DiTConfig:
-    """The sizes that `model.init_args.backbone` asks for: a preset's name, or `preset` and the sizes that differ.
+    """The sizes that `model.init_args.backbone` asks for: those of a preset or of the backbone in a folder, by name, or
+    `preset` and the sizes that differ.
 
-    Raises UserError for an unknown preset or size, and for a mapping without `preset`.
+    Raises UserError for an unknown preset or size, a folder without a backbone, and a mapping without `preset`.
     """
     if isinstance(settings, str):
-        return S3DiTConfig.preset(settings)
+        return read_config(settings) if Path(settings).is_dir() else S3DiTConfig.preset(settings)
     key = "model.init_args.backbone"
     changes = dict(settings)
     if "preset" not in changes:
@@ -47,7 +49,7 @@ def build_backbone(config: S3DiTConfig, init_from: str | None, seed: int, tracki
     path = run_checkpoint(init_from.removeprefix("run:"), tracking_uri) if is_run else Path(init_from)
     if path.suffix == ".ckpt":
         return _from_checkpoint(config, path)
-    backbone = S3DiT.from_pretrained(path)
+    backbone = S3DiT.from_pretrained(path, torch.get_default_dtype())  # stored in half, steps of training would vanish
     if backbone.config != config:
         different = [name for name, value in vars(config).items() if getattr(backbone.config, name) != value]
         raise UserError(f"init_from={init_from}: its {', '.join(different)} differ from the experiment's backbone.")
@@ -117,7 +119,8 @@ def _from_checkpoint(config: S3DiTConfig, path: Path) -> S3DiT:
             f"init_from={path}: {len(wrong)} tensors do not fit the experiment's backbone, the first is {wrong[0]}; "
             "set model.init_args.backbone to the sizes it was trained with."
         )
-    backbone.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
+    own = {name: weight.to(torch.get_default_dtype(), copy=True) for name, weight in weights.items()}
+    backbone.load_state_dict(own, assign=True)
     return backbone
 
 
