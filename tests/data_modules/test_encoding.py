@@ -340,9 +340,14 @@ def stage(parts: Path, codec: str = "pca", text_encoder: str = "text_encoder", *
         "preset": "tiny", "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
         "cap_feat_dim": 32, "axes_dims": [4, 6, 6],
     }  # fmt: skip
-    return FlowMatchingModule(
+    module = FlowMatchingModule(
         Qwen3TextEncoder(parts / text_encoder), PatchPCACodec(parts / codec), backbone=backbone, **options
     )
+    module.configure_model()
+    with torch.no_grad():
+        for parameter in module.backbone.parameters():  # fresh gates are zero: let captions have their say
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.1)
+    return module
 
 
 def losses_of(module: FlowMatchingModule, data: Any, steps: int = 6) -> list[float]:
@@ -374,7 +379,7 @@ def test_training_on_encoded_data_has_the_same_losses(raw: Path, encoded: Path, 
     module.text_encoder.encode = lambda prompts: asked.append(prompts) or encode_captions(prompts)  # type: ignore
     found = losses_of(module, TextToImageDataModule(str(encoded), **options))
     assert len(set(expected)) == 6
-    assert found == pytest.approx(expected, rel=2e-4) and found != expected
+    assert found == pytest.approx(expected, rel=5e-4) and found != expected
     assert asked == ([] if dropout == 0 else [[""]] * len(asked)) and (dropout == 0 or asked)
 
 
