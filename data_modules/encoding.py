@@ -168,7 +168,7 @@ def _make(data: str, source: Manifest, output: Path, settings: dict[str, Any], e
     readers = {split: ChunkedSamples(f"{data.rstrip('/')}/{split}") for split in source.splits}
     if encoder.codec is not None and encoder.sizes is None:
         for reader in readers.values():
-            check_stored_sides(reader.folder, len(reader), "sizes.resolution")
+            check_stored_sides(reader.folder, len(reader), reader.location, "sizes.resolution")
     begin_or_go_on(output / PARTS, settings, FOLDER_KEY)
     work = [(split, number) for split, reader in readers.items() for number in range(len(reader.chunk_ends))]
     bar_columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("samples")

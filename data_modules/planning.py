@@ -176,10 +176,10 @@ def packed_tokens(image: np.ndarray, captions: np.ndarray, pad_multiple: int = P
     return np.asarray(padded[0] + padded[1], dtype=np.int32)
 
 
-def check_stored_sides(folder: Path, num_samples: int, key: str) -> None:
+def check_stored_sides(folder: Path, num_samples: int, place: str, key: str) -> None:
     """UserError where pictures of a split cannot be trained at the size they have; without planning.npz none is known.
 
-    key: the setting that would resize them.
+    place: path or address of the split, for the message.   key: the setting that would resize them.
     """
     path = folder / PLANNING
     if not path.is_file():
@@ -189,7 +189,7 @@ def check_stored_sides(folder: Path, num_samples: int, key: str) -> None:
     odd = np.flatnonzero((width % PATCH_PIXELS > 0) | (height % PATCH_PIXELS > 0))
     if len(odd):
         raise UserError(
-            f"{len(odd)} of the {num_samples} pictures in {folder} have sides that are no multiple of {PATCH_PIXELS} "
+            f"{len(odd)} of the {num_samples} pictures in {place} have sides that are no multiple of {PATCH_PIXELS} "
             f"pixels, the first {width[odd[0]]}x{height[odd[0]]}: set {key}, for example to 1024, and they are resized."
         )
 

@@ -97,8 +97,9 @@ class TextToImageDataModule(LightningDataModule):
             check_caption_weights(self.caption_weights, manifest.captions)
             if self.roles and self.sizes is None and "codec" not in manifest.settings.get("encoded_by", {}):
                 for split in manifest.splits:
-                    reader = self._reader(split)
-                    check_stored_sides(reader.samples.folder, len(reader), "data.init_args.sizes.resolution")
+                    samples = self._reader(split).samples
+                    key = "data.init_args.sizes.resolution"
+                    check_stored_sides(samples.folder, len(samples), samples.location, key)
             self._manifest = manifest
 
     def train_dataloader(self) -> ResumableLoader:

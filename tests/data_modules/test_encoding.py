@@ -5,7 +5,10 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +102,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(raw: Path, output: Path, parts: Path, **changes: Any) -> EncodeSettings:
+def settings(raw: Path | str, output: Path, parts: Path, **changes: Any) -> EncodeSettings:
     usual = {
         "codec": str(parts / "pca"),
         "text_encoder": str(parts / "text_encoder"),
@@ -272,6 +275,34 @@ def test_the_command_line_encodes_and_does_it_once(
     assert "is made already" in capsys.readouterr().out.replace("\n", "")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")} == before
     assert cli.main(["run", "verify", f"data={tmp_path / 'data'}"]) == 0
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def address(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The raw data behind a web server, with a cache of one's own."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(raw)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_data_behind_an_address_are_encoded_alike(address: str, encoded: Path, parts: Path, tmp_path: Path) -> None:
+    encode(settings(f"{address}/", tmp_path / "data", parts))
+    assert content(tmp_path / "data") == content(encoded)
+    message = refused(lambda: encode(settings(address, tmp_path / "other", parts, sizes=None)))
+    assert "no multiple of 16 pixels" in message
+    message = refused(lambda: TextToImageDataModule(address, batch_size=2).setup("fit"))
+    assert (
+        f"in {address}/train have sides that are no multiple of 16 pixels" in message
+        and "data.init_args.sizes.resolution" in message
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- killed
