@@ -19,13 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_modules.assembly import assemble_split
-from data_modules.buckets import SizeMapping
+from data_modules.buckets import PATCH_PIXELS, SizeMapping
 from data_modules.chunks import ChunkedSamples
-from data_modules.folder_lock import is_prepared, sole_preparation
-from data_modules.manifest import Manifest, read_manifest, write_manifest
+from data_modules.folder_lock import begin_or_go_on, clean_up, is_prepared, sole_preparation
+from data_modules.manifest import Manifest, read_manifest, sha256, verify_files, write_manifest
 from data_modules.part_writer import SplitWriter
-from data_modules.planning import PLANNING, PLANNING_COLUMNS
-from data_modules.remote import is_remote
+from data_modules.planning import PLANNING, PLANNING_COLUMNS, check_stored_sides
 from data_modules.samples import ROLES, caption_order, training_picture
 from zimage_lit.components import LatentCodec, TextEncoder
 from zimage_lit.config import settings_from
@@ -42,7 +41,7 @@ GO_ON = "everything finished is kept, and the same command goes on from there"
 class EncodeSettings:
     """Settings of `lightning run encode`."""
 
-    data: str  # folder of a prepared data set
+    data: str  # folder of a prepared data set, or its address
     output: str  # folder for the data set with latents and features
     codec: str | None = None  # the latent codec's folder, or a pipeline's; null leaves the pictures as they are
     text_encoder: str | None = None  # the text encoder's folder, or a pipeline's; null leaves the captions alone
@@ -63,19 +62,20 @@ def encode(asked: EncodeSettings) -> Manifest:
     A run that was killed goes on with the chunks that are missing.
 
     Raises:
-        UserError: wrong settings, a data set that cannot be read or has no pictures to encode, a component that is
-            missing or damaged, an output folder with something else in it.
+        UserError: wrong settings, a data set that cannot be read, is damaged or has no pictures to encode, a component
+            that is missing or damaged, an output folder with something else in it.
     """
     from zimage_lit.components import Qwen3TextEncoder  # transformers takes seconds to import
-    from zimage_lit.pipeline import codec_from
+    from zimage_lit.pipeline import codec_from, usable_device
 
     at_least_one("batch_size", asked.batch_size)
     at_least_one("chunk_mib", asked.chunk_mib)
-    if is_remote(asked.data):
-        raise UserError(f"encode reads a folder, not {asked.data}: copy the data set to this machine first.")
     if asked.codec is None and asked.text_encoder is None:
         raise UserError("encode has nothing to do: name a codec=FOLDER, a text_encoder=FOLDER, or both.")
-    device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if asked.sizes is not None and asked.codec is None:
+        raise UserError("sizes are those of the pictures that a codec encodes: name a codec=FOLDER, or leave them out.")
+    sizes = None if asked.sizes is None else settings_from(SizeMapping, asked.sizes, section="sizes")
+    device = usable_device(asked.device)
     codec = codec_from(asked.codec).to(device) if asked.codec else None
     text_encoder = None
     if asked.text_encoder:
@@ -83,13 +83,15 @@ def encode(asked: EncodeSettings) -> Manifest:
     source = read_manifest(asked.data)
     if source.settings.get("encoded_by"):
         raise UserError(f"{asked.data} has latents or features already: give the data set that it was made from.")
-    encoder = _Encoder(codec, text_encoder, SizeMapping(**asked.sizes) if asked.sizes else None, asked.batch_size)
+    if codec is not None and not source.settings.get("roles", ["image"]):
+        raise UserError(f"{asked.data} has no pictures, only prompts: leave out codec.")
+    encoder = _Encoder(codec, text_encoder, sizes, asked.batch_size)
     parts = {"codec": codec, "text_encoder": text_encoder}
     settings = {
         **source.settings,
         "encoded_by": {name: part.fingerprint() for name, part in parts.items() if part is not None},
         "made_from": source.fingerprint,
-        "sizes": asked.sizes,
+        "sizes": sizes and sizes.settings,
         "chunk_mib": asked.chunk_mib,
     }
     output = Path(asked.output)
@@ -97,10 +99,11 @@ def encode(asked: EncodeSettings) -> Manifest:
         with sole_preparation(output, FOLDER_KEY):
             if not is_prepared(output, settings, FOLDER_KEY):
                 try:
-                    return _make(Path(asked.data), source, output, settings, encoder)
+                    return _make(asked.data, source, output, settings, encoder)
                 except OSError as error:
                     raise UserError(f"Encoding into {output} stopped ({error}): mend that; {GO_ON}.") from error
-    Console().print(f"{output} is made already", highlight=False)
+    clean_up(output, output / PARTS)
+    Console().print(f"{output} is made already", highlight=False, soft_wrap=True)
     return read_manifest(output)
 
 
@@ -127,6 +130,11 @@ class _Encoder:
             for role in ROLES:
                 if role in stored:
                     picture = training_picture(stored[role].tobytes(), self.sizes)
+                    if any(side % PATCH_PIXELS for side in picture.shape[:2]):
+                        raise UserError(
+                            f"A picture of sample {stored['id']} is {picture.shape[1]}x{picture.shape[0]}, and sides "
+                            f"must be multiples of {PATCH_PIXELS} pixels: set sizes.resolution, for example to 1024."
+                        )
                     groups[picture.shape].append((number, role, picture))
         found: list[dict[str, np.ndarray]] = [{} for _ in samples]
         for members in groups.values():
@@ -155,8 +163,13 @@ def _stored(tensor: torch.Tensor) -> np.ndarray:
     return tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
 
 
-def _make(data: Path, source: Manifest, output: Path, settings: dict[str, Any], encoder: _Encoder) -> Manifest:
-    readers = {split: ChunkedSamples(data / split) for split in source.splits}
+def _make(data: str, source: Manifest, output: Path, settings: dict[str, Any], encoder: _Encoder) -> Manifest:
+    verify_files(data, source, "size")
+    readers = {split: ChunkedSamples(f"{data.rstrip('/')}/{split}") for split in source.splits}
+    if encoder.codec is not None and encoder.sizes is None:
+        for reader in readers.values():
+            check_stored_sides(reader.folder, len(reader), reader.location, "sizes.resolution")
+    begin_or_go_on(output / PARTS, settings, FOLDER_KEY)
     work = [(split, number) for split, reader in readers.items() for number in range(len(reader.chunk_ends))]
     bar_columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("samples")
     with Progress(*bar_columns, TimeRemainingColumn()) as progress:
@@ -164,6 +177,7 @@ def _make(data: Path, source: Manifest, output: Path, settings: dict[str, Any], 
         for split, number in work:
             folder = output / PARTS / f"{split}-{number:05d}"
             if not folder.is_dir():
+                _check_chunk(readers[split], number, source)
                 _encode_chunk(readers[split], number, folder, encoder, settings["chunk_mib"] * 2**20)
             progress.advance(bar, len(_indices(readers[split], number)))
     hashes: dict[str, str] = {}
@@ -181,6 +195,15 @@ def _make(data: Path, source: Manifest, output: Path, settings: dict[str, Any], 
 def _indices(samples: ChunkedSamples, number: int) -> range:
     """The samples of a chunk."""
     return range(samples.chunk_ends[number - 1] if number else 0, samples.chunk_ends[number])
+
+
+def _check_chunk(samples: ChunkedSamples, number: int, source: Manifest) -> None:
+    """UserError where a chunk is damaged, which nobody could see any more in what is made of it."""
+    if samples.is_remote:  # checked when it arrives
+        return
+    path = Path(samples.place_of(_indices(samples, number).start))
+    if sha256(path) != source.files[f"{path.parent.name}/{path.name}"]["sha256"]:
+        raise UserError(f"{path} is damaged (its SHA-256 differs from the manifest): copy it again; {GO_ON}.")
 
 
 def _encode_chunk(samples: ChunkedSamples, number: int, folder: Path, encoder: _Encoder, chunk_bytes: int) -> None:

@@ -1,6 +1,8 @@
 """Who may prepare a data folder: one process at a time, and only into a folder that is free or was prepared alike."""
 
 import fcntl
+import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 from data_modules.manifest import MANIFEST, read_manifest
 from zimage_lit.errors import UserError
+from zimage_lit.files import read_json, write_atomically
 
 LOCK = ".preparing"  # lies in the folder from the first moment of a preparation to its end
 
@@ -32,6 +35,29 @@ def is_prepared(data_dir: Path, settings: Mapping[str, Any], folder_key: str) ->
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What has changed, as `key=before (now key=now)`."""
     return [f"{key}={before.get(key)} (now {key}={value})" for key, value in now.items() if before.get(key) != value]
+
+
+def begin_or_go_on(parts_dir: Path, settings: Mapping[str, Any], folder_key: str) -> None:
+    """Note in `parts_dir`, a folder below the data folder, with which settings its parts are made.
+
+    Raises UserError where parts lie there that were made with others.
+    """
+    note, data_dir = parts_dir / "settings.json", parts_dir.parent
+    settings = json.loads(json.dumps(settings))
+    if note.is_file():
+        different = differences(read_json(note, f"delete {data_dir} and prepare it again"), settings)
+        if different:
+            raise UserError(
+                f"{data_dir} holds an unfinished preparation with {', '.join(different)}: give the same settings to "
+                f"continue it, set {folder_key} to another folder, or delete this one to begin anew."
+            )
+    write_atomically(note, json.dumps(settings, ensure_ascii=False))
+
+
+def clean_up(data_dir: Path, parts_dir: Path) -> None:
+    """Remove what a preparation leaves that was killed behind its last step, before it could."""
+    shutil.rmtree(parts_dir, ignore_errors=True)
+    (data_dir / LOCK).unlink(missing_ok=True)
 
 
 @contextmanager

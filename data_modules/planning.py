@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_modules.buckets import SizeMapping, image_tokens
+from data_modules.buckets import PATCH_PIXELS, SizeMapping, image_tokens
 from zimage_lit.errors import UserError
 from zimage_lit.rng import generator
 
@@ -174,6 +174,24 @@ def packed_tokens(image: np.ndarray, captions: np.ndarray, pad_multiple: int = P
     """Tokens of each sample when both its segments are padded to a multiple: int32 (N,)."""
     padded = [-(-tokens.astype(np.int32) // pad_multiple) * pad_multiple for tokens in (image, captions)]
     return np.asarray(padded[0] + padded[1], dtype=np.int32)
+
+
+def check_stored_sides(folder: Path, num_samples: int, place: str, key: str) -> None:
+    """UserError where pictures of a split cannot be trained at the size they have; without planning.npz none is known.
+
+    place: path or address of the split, for the message.   key: the setting that would resize them.
+    """
+    path = folder / PLANNING
+    if not path.is_file():
+        return
+    columns = _read_columns(path, num_samples)
+    width, height = columns["width"], columns["height"]
+    odd = np.flatnonzero((width % PATCH_PIXELS > 0) | (height % PATCH_PIXELS > 0))
+    if len(odd):
+        raise UserError(
+            f"{len(odd)} of the {num_samples} pictures in {place} have sides that are no multiple of {PATCH_PIXELS} "
+            f"pixels, the first {width[odd[0]]}x{height[odd[0]]}: set {key}, for example to 1024, and they are resized."
+        )
 
 
 def weights_of(concept: np.ndarray, concepts: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:

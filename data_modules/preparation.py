@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_modules.assembly import assemble_split
-from data_modules.folder_lock import LOCK, differences, is_prepared, sole_preparation
+from data_modules.folder_lock import begin_or_go_on, clean_up, is_prepared, sole_preparation
 from data_modules.images import LARGEST
 from data_modules.manifest import Manifest, read_manifest, write_manifest
 from data_modules.part_writer import (
@@ -40,7 +40,7 @@ from data_modules.progress import counter_progress
 from data_modules.sources import Format, Source, open_source
 from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError, at_least_one
-from zimage_lit.files import read_json, write_atomically
+from zimage_lit.files import write_atomically
 
 FOLDER_KEY = "output"
 PARTS = ".parts"  # below the output, until it is finished
@@ -98,8 +98,7 @@ def prepare(asked: PrepareSettings) -> Manifest:
                     raise
                 except OSError as error:
                     raise UserError(f"The preparation of {output} stopped ({error}): mend that; {GO_ON}.") from error
-    shutil.rmtree(output / PARTS, ignore_errors=True)  # where it was killed behind its last step but cleaning up
-    (output / LOCK).unlink(missing_ok=True)
+    clean_up(output, output / PARTS)
     Console().print(f"{output} is prepared already", highlight=False, soft_wrap=True)
     return read_manifest(output)
 
@@ -137,7 +136,8 @@ def _stored_settings(asked: PrepareSettings, source: Source) -> dict[str, Any]:
 
 def _prepare(asked: PrepareSettings, output: Path, source: Source, settings: dict[str, Any]) -> Manifest:
     parts_dir = output / PARTS
-    _begin(parts_dir, output, settings)
+    begin_or_go_on(parts_dir, settings, FOLDER_KEY)
+    _clear_unfinished(parts_dir)
     rules = Rules(
         asked.min_side,
         asked.max_pixels,
@@ -156,21 +156,6 @@ def _prepare(asked: PrepareSettings, output: Path, source: Source, settings: dic
     ]
     _run(again, asked.num_workers, "Removing duplicate ids", sum(job.part.count for job in again))
     return _assemble(output, folders, settings)
-
-
-def _begin(parts_dir: Path, output: Path, settings: dict[str, Any]) -> None:
-    """Go on where a preparation of the same settings was left, or begin one."""
-    note = parts_dir / "settings.json"
-    settings = json.loads(json.dumps(settings))
-    if note.is_file():
-        different = differences(read_json(note, f"delete {output} and prepare it again"), settings)
-        if different:
-            raise UserError(
-                f"{output} holds an unfinished preparation with {', '.join(different)}: give the same settings to "
-                f"continue it, set {FOLDER_KEY} to another folder, or delete this one to begin anew."
-            )
-    write_atomically(note, json.dumps(settings, ensure_ascii=False))
-    _clear_unfinished(parts_dir)
 
 
 def _clear_unfinished(parts_dir: Path) -> None:

@@ -89,7 +89,8 @@ def caption_order(captions: Captions) -> list[tuple[str, str]]:
 class CaptionChooser:
     """Chooses which caption of a sample is used: a pure function of (seed, epoch, sample index).
 
-    weights: language -> kind -> weight; kinds that a sample lacks do not count. None: all captions alike.
+    weights: language -> kind -> weight; kinds that a sample lacks do not count. None: all alike, but never `text`: what
+    is written in a picture does not describe it.
     """
 
     def __init__(self, weights: Mapping[str, Mapping[str, float]] | None, seed: int) -> None:
@@ -98,10 +99,7 @@ class CaptionChooser:
 
     def __call__(self, captions: Captions, epoch: int, index: int) -> tuple[str, str]:
         """(language, kind) of the caption that the sample has in this epoch."""
-        options = [
-            (name, 1.0 if self.weights is None else self.weights.get(name[0], {}).get(name[1], 0.0))
-            for name in caption_order(captions)
-        ]
+        options = [((language, kind), self._weight(language, kind)) for language, kind in caption_order(captions)]
         total = sum(weight for _, weight in options)
         if not total > 0:
             found = ", ".join(f"{language}.{kind}" for language, kinds in captions.items() for kind in kinds)
@@ -115,6 +113,11 @@ class CaptionChooser:
             if uniform < 0:
                 return name
         return next(name for name, weight in reversed(options) if weight > 0)  # rounding in the sum of the weights
+
+    def _weight(self, language: str, kind: str) -> float:
+        if self.weights is None:
+            return float(kind != "text")
+        return self.weights.get(language, {}).get(kind, 0.0)
 
 
 class SampleReader(Dataset[dict[str, Any]]):

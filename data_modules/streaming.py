@@ -242,6 +242,9 @@ class OrderedLoader:
 
     By count, or by a budget of tokens and a table as in `ResumableLoader`. On several ranks the few samples left over
     are dropped, so that all have as many; by count each rank takes every world_size-th sample.
+
+    Raises:
+        UserError: fewer samples than ranks; a sample that exceeds the budget.
     """
 
     def __init__(
@@ -256,6 +259,11 @@ class OrderedLoader:
     ) -> None:
         self.reader = reader
         self.num_workers = num_workers
+        if len(reader) < world_size:
+            raise UserError(
+                f"{reader.folder} has {len(reader)} samples for {world_size} devices: prepare the data with a larger "
+                "val_share, or set trainer.limit_val_batches=0."
+            )
         settings = PlanSettings(batch_size, token_budget, world_size, shuffle=False, drop_last=world_size > 1)
         batches: Iterable[Sequence[int]]
         if settings.batch_size is None:

@@ -10,7 +10,7 @@ from lightning import LightningDataModule
 from data_modules.buckets import SizeMapping
 from data_modules.cache import CacheSettings
 from data_modules.manifest import Manifest, Verify, read_manifest, verify_files
-from data_modules.planning import PlanSettings, SampleTable
+from data_modules.planning import PlanSettings, SampleTable, check_stored_sides
 from data_modules.remote import is_remote
 from data_modules.samples import Batch, CaptionChooser, SampleReader
 from data_modules.streaming import OrderedLoader, ResumableLoader
@@ -32,7 +32,8 @@ class TextToImageDataModule(LightningDataModule):
         batch_size: samples per device and step; null where token_budget is given.
         num_workers: reading processes; 0 reads in the training process.
         seed: of the order of the samples and of the choice of captions.
-        caption_weights: language -> kind -> weight, how often each kind of caption is used; None: all alike.
+        caption_weights: language -> kind -> weight, how often each kind of caption is used; None: all alike, but never
+            `text`, which is what is written in a picture.
         shuffle: a new order every epoch; false keeps the stored order.
         drop_last: leave out the last samples of an epoch, which do not fill a batch on every device.
         verify: what `setup` compares with the manifest: the "size" of every file, or its "sha256" too.
@@ -94,6 +95,11 @@ class TextToImageDataModule(LightningDataModule):
             verify_files(self.data_dir, manifest, self.verify)
             self._check_kind(manifest)
             check_caption_weights(self.caption_weights, manifest.captions)
+            if self.roles and self.sizes is None and "codec" not in manifest.settings.get("encoded_by", {}):
+                for split in manifest.splits:
+                    samples = self._reader(split).samples
+                    key = "data.init_args.sizes.resolution"
+                    check_stored_sides(samples.folder, len(samples), samples.location, key)
             self._manifest = manifest
 
     def train_dataloader(self) -> ResumableLoader:
@@ -112,7 +118,7 @@ class TextToImageDataModule(LightningDataModule):
             world_size=world_size,
             token_budget=self.token_budget,
             window=self.window,
-            table=self._table(reader),
+            table=self._table(reader, self.concept_weights),
         )
 
     def val_dataloader(self) -> OrderedLoader | list[Any]:
@@ -121,7 +127,7 @@ class TextToImageDataModule(LightningDataModule):
             return []
         rank, world_size = self._rank_and_world_size()
         reader = self._reader("val")
-        table = self._table(reader)
+        table = self._table(reader)  # all of it, whatever the concepts' weights
         return OrderedLoader(reader, self.batch_size, self.num_workers, rank, world_size, self.token_budget, table)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -166,13 +172,13 @@ class TextToImageDataModule(LightningDataModule):
         sizes = None if self._has_latents(self.manifest) else self.sizes  # latents have their sizes already
         return SampleReader(folder, choose_caption, sizes, self.cache, self.group_size)
 
-    def _table(self, reader: SampleReader) -> SampleTable | None:
+    def _table(self, reader: SampleReader, concept_weights: dict[str, float] | None = None) -> SampleTable | None:
         """What planning must know: nothing where batches are plain slices of the order."""
-        if self.token_budget is None and self.sizes is None and not self.concept_weights:
+        if self.token_budget is None and self.sizes is None and not concept_weights:
             return None
         return reader.table(
             concepts=self.manifest.settings.get("concepts", ()),
-            concept_weights=self.concept_weights,
+            concept_weights=concept_weights,
             pictures=self.pictures,
             sequences=self.sequences,
         )

@@ -118,7 +118,7 @@ class ZImagePipeline:
         codec = _class_of(index, "vae", CODECS, folder)(folder / "vae")
         text_encoder = _class_of(index, "text_encoder", TEXT_ENCODERS, folder)(folder)
         defaults = _read_defaults(folder, index)
-        device = _usable_device(device)
+        device = usable_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         backbone = S3DiT.from_pretrained(folder / "transformer", dtype)
         return cls(backbone, text_encoder, codec, **asdict(defaults)).to(device)
@@ -341,7 +341,7 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
-def _usable_device(device: torch.device | str | None) -> torch.device:
+def usable_device(device: torch.device | str | None) -> torch.device:
     """The device asked for, a GPU where there is one for None; UserError where torch cannot compute on it."""
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if str(chosen).startswith("cuda") and not torch.cuda.is_available():
@@ -608,7 +608,7 @@ def _from_training_checkpoint(path: Path, device: str | None) -> ZImagePipeline:
     from zimage_lit.callbacks.sampling import SamplingSettings, stage_pipeline  # these import the pipeline themselves
     from zimage_lit.stages.initial_weights import checkpoint_weights
 
-    chosen_device = _usable_device(device)
+    chosen_device = usable_device(device)
     config_path = path.resolve().parent.parent / "config.yaml"
     if not config_path.is_file():
         raise UserError(f"{path} does not lie in a run's folder: {config_path} is missing, so its parts are unknown.")

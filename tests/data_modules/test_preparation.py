@@ -19,7 +19,8 @@ from litdata import StreamingDataset
 from PIL import Image
 
 from benchmarks.prepare_folder import BREAKERS, make_folder
-from data_modules import TextToImageDataModule, part_writer, preparation
+from data_modules import TextToImageDataModule, assembly, part_writer, preparation
+from data_modules.buckets import SizeMapping
 from data_modules.folder_lock import LOCK
 from data_modules.images import read_picture
 from data_modules.manifest import read_manifest
@@ -149,7 +150,8 @@ def test_the_manifest_and_the_report_say_what_came_in_and_out(prepared: Path) ->
 
 
 def test_a_data_module_reads_the_folder(prepared: Path) -> None:
-    module = TextToImageDataModule(str(prepared), batch_size=8, caption_weights={"en": {"short": 1, "medium": 1}})
+    weights = {"en": {"short": 1.0, "medium": 1.0}}
+    module = TextToImageDataModule(str(prepared), batch_size=8, caption_weights=weights, sizes=SizeMapping(None))
     module.setup("fit")
     batch = next(iter(module.train_dataloader()))
     assert len(batch["images"]) == 8 and all("picture number" in caption for caption in batch["captions"])
@@ -239,7 +241,7 @@ def test_a_kill_between_the_last_steps_does_no_harm(
 ) -> None:
     data = tmp_path / "data"
     asked = PrepareSettings(str(pictures[0]), str(data), **SETTINGS)
-    steps = [(preparation, "_sum_up"), (preparation, "_planning"), (preparation, "write_manifest"), (shutil, "rmtree")]
+    steps = [(preparation, "_sum_up"), (assembly, "_planning"), (preparation, "write_manifest"), (shutil, "rmtree")]
     for module, name in steps:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, name, interrupted)
