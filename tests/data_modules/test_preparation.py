@@ -19,7 +19,7 @@ from litdata import StreamingDataset
 from PIL import Image
 
 from benchmarks.prepare_folder import BREAKERS, make_folder
-from data_modules import TextToImageDataModule, part_writer, preparation
+from data_modules import TextToImageDataModule, assembly, images, part_writer, preparation
 from data_modules.folder_lock import LOCK
 from data_modules.images import read_picture
 from data_modules.manifest import read_manifest
@@ -239,7 +239,7 @@ def test_a_kill_between_the_last_steps_does_no_harm(
 ) -> None:
     data = tmp_path / "data"
     asked = PrepareSettings(str(pictures[0]), str(data), **SETTINGS)
-    steps = [(preparation, "_sum_up"), (preparation, "_planning"), (preparation, "write_manifest"), (shutil, "rmtree")]
+    steps = [(preparation, "_sum_up"), (assembly, "_planning"), (preparation, "write_manifest"), (shutil, "rmtree")]
     for module, name in steps:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, name, interrupted)
@@ -492,15 +492,18 @@ def test_large_data_go_into_several_chunks_with_running_numbers(tmp_path: Path) 
 
 
 def test_a_decoder_that_fails_in_a_new_way_costs_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def strange(content: bytes, *_: Any) -> np.ndarray:
-        if content == png(5):
-            raise ZeroDivisionError("no dots per inch")
-        return np.zeros((70, 70, 3), np.uint8)
+    as_rgb = images._as_rgb
 
-    monkeypatch.setattr(part_writer, "read_picture", strange)
-    source = jsonl(tmp_path / "source", [{"image": name, "caption": "a"} for name in ("a.png", "ab.png")])
+    def strange(picture: Image.Image) -> np.ndarray:
+        if picture.size == (70, 65):
+            raise ZeroDivisionError("no dots per inch")
+        return as_rgb(picture)
+
+    monkeypatch.setattr(images, "_as_rgb", strange)
+    source = jsonl(tmp_path / "source", [{"image": name, "caption": "a"} for name in ("a.png", "b.png")])
+    (tmp_path / "source" / "b.png").write_bytes(png(0, (70, 65)))
     prepare(PrepareSettings(str(source), str(tmp_path / "data"), num_workers=1))
-    assert rejections(tmp_path / "data") == {"list.jsonl:1": "broken picture: ZeroDivisionError: no dots per inch"}
+    assert rejections(tmp_path / "data") == {"list.jsonl:2": "broken picture: no dots per inch"}
 
 
 def test_sides_and_files_beyond_what_can_be_stored_are_too_large(
