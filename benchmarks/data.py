@@ -19,8 +19,9 @@ folder, webdataset + our decoding    the two with `training_picture` in place of
 encoded              `lightning run encode` of the same data: latents of 16 channels at an eighth of the size, features
                      2,560 wide, both bfloat16, given out as float32
 
-The loaders take turns, as other work on the machine comes and goes; medians, lowest and highest are of the turns.
-`encoded` is worth so many samples that a turn of it is ten epochs. Pads: of sequences packed (the backbone's way), and
+The loaders take turns, as other work on the machine comes and goes; medians, lowest and highest are of the turns, by
+the clock and by the processor's time for this one thread, which other work disturbs less; the ratios are of the latter.
+A turn of `encoded` is ten epochs, since one is over at once. Pads: of sequences packed (the backbone's way), and
 of batches padded to their longest. Prints tables and one line of JSON.
 """
 
@@ -60,6 +61,7 @@ OTHERS = ("folder", "folder, bilinear", "webdataset")
 OTHERS_BY_US = ("folder + our decoding", "webdataset + our decoding")
 
 Transform = Callable[[bytes, str], torch.Tensor]  # (a file's bytes, its name) -> uint8 (3, H, W)
+Speeds = dict[str, list[tuple[float, float]]]
 Pass = Callable[[], int]  # reads every sample; gives how many there were
 
 
@@ -261,14 +263,15 @@ def webdataset_pass(tar: Path, decode: str | None, transform: Callable[[Any, str
 # ---------------------------------------------------------------------------------------------------- figures
 
 
-def take_turns(loaders: dict[str, Pass], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Samples a second of each loader's turns."""
-    speeds: dict[str, list[float]] = {name: [] for name in loaders}
+def take_turns(loaders: dict[str, Pass], options: argparse.Namespace) -> Speeds:
+    """Samples a second of each loader's turns, by the clock and by the processor's time."""
+    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
     for turn in range(options.rounds):
         for name, read in loaders.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             samples = read()
-            speeds[name].append(samples / (time.perf_counter() - start))
+            end = time.perf_counter(), time.process_time()
+            speeds[name].append((samples / (end[0] - start[0]), samples / (end[1] - start[1])))
             expected = options.count * (ENCODED_EPOCHS if name == "encoded" else 1)
             assert samples == expected, f"{name} gave {samples} samples, not {expected}"
         print(f"round {turn + 1} of {options.rounds} done", flush=True)
@@ -290,16 +293,19 @@ def tokens_and_pads(folder: Path, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def report(options: argparse.Namespace, speeds: dict[str, list[float]], known: dict[str, Any]) -> None:
-    medians = {name: statistics.median(turns) for name, turns in speeds.items()}
+def report(options: argparse.Namespace, speeds: Speeds, known: dict[str, Any]) -> None:
+    medians = {name: statistics.median(turn[1] for turn in turns) for name, turns in speeds.items()}
     best = max(medians[name] for name in OTHERS)
-    heads = f"{'samples/s':>9} {'lowest':>8} {'highest':>8} {'tokens/s':>10} {'/ best':>7} {'packed':>7} {'padded':>7}"
-    print(f"\n{'':26} {heads}")
+    head = f"{'median':>8} {'lowest':>8} {'highest':>8} "
+    print(f"\n{'samples a second':26} {'by the clock':>26} {'by processor time':>26}")
+    print(f"{'':26} {head}{head}{'tokens/s':>10} {'/ best':>7} {'packed':>7} {'padded':>7}")
     for name, median in medians.items():
+        columns = [[turn[place] for turn in speeds[name]] for place in (0, 1)]
+        figures = [f"{statistics.median(turns):8.1f} {min(turns):8.1f} {max(turns):8.1f}" for turns in columns]
         pads = known["ours" if name.startswith(("ours", "encoded")) else "others"]
         print(
-            f"{name:26} {median:9.1f} {min(speeds[name]):8.1f} {max(speeds[name]):8.1f} "
-            f"{median * known['tokens']:10.0f} {median / best:7.2f} {pads['packed']:7.1%} {pads['to_longest']:7.1%}"
+            f"{name:26} {' '.join(figures)} {statistics.median(columns[0]) * known['tokens']:10.0f} "
+            f"{median / best:7.2f} {pads['packed']:7.1%} {pads['to_longest']:7.1%}"
         )
     ratios = {
         "ours / best other": medians["ours"] / best,

@@ -60,7 +60,7 @@ def training_picture(content: bytes, sizes: SizeMapping | None) -> np.ndarray:
 
     A JPEG of more than twice its training size is not decoded in full: libjpeg leaves out the highest frequencies and
     gives a half, a quarter or an eighth of the pixels along each side, still at least twice as many as are asked for.
-    After the scaling that follows, pictures differ from the fully decoded by about a level on average or less.
+    After the scaling that follows, pictures differ from the fully decoded by one of 255 levels on average, or two.
 
     Raises Rejected.
     """

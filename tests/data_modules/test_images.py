@@ -185,7 +185,7 @@ def test_a_large_jpeg_decoded_at_a_part_of_its_size_looks_as_if_decoded_in_full(
     reduced, full = training_picture(content, sizes), fully_decoded(content, sizes)
     assert reduced.shape == full.shape
     difference = np.abs(reduced.astype(int) - full)
-    assert 0 < difference.mean() < 1 and np.quantile(difference, 0.999) < 5
+    assert 0 < difference.mean() < 1 and difference.max() < 10
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
