@@ -5,11 +5,14 @@ loses to cropping only the few pixels of rounding, and nothing is cropped to a s
 """
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from PIL import Image
+from torch.nn import functional
 
 from zimage_lit.errors import UserError
 
@@ -105,16 +108,38 @@ class SizeMapping:
 def resize_to(image: np.ndarray, width: int, height: int) -> np.ndarray:
     """The picture, uint8 (H, W, 3), scaled until it just covers the size, its middle cut out: uint8 (height, width, 3).
 
-    Lanczos; where it shrinks more than threefold whole pixels are averaged first, which is faster and looks the same.
+    Lanczos, over whole pixels of the picture; a side may be stretched by the one pixel that this rounds away.
     """
     old_height, old_width = image.shape[:2]
     if (old_width, old_height) == (width, height):
         return image
     scale = max(width / old_width, height / old_height)
-    left, top = max((old_width - width / scale) / 2, 0), max((old_height - height / scale) / 2, 0)
-    box = (left, top, old_width - left, old_height - top)
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
-    return np.asarray(resized)
+    left = min(max(round((old_width - width / scale) / 2), 0), (old_width - 1) // 2)
+    top = min(max(round((old_height - height / scale) / 2), 0), (old_height - 1) // 2)
+    return _lanczos(image[top : old_height - top, left : old_width - left], width, height)
+
+
+def _lanczos(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """torch's, several times faster than Pillow's and the same to within rounding; Pillow's where torch has none."""
+    if not torch_has_lanczos():
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+    return _by_torch(np.require(image, requirements=["C", "W"]), width, height)
+
+
+def _by_torch(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+    scaled = functional.interpolate(pixels, (height, width), mode="lanczos", antialias=True)
+    return np.asarray(scaled[0].permute(1, 2, 0))
+
+
+@lru_cache(maxsize=1)
+def torch_has_lanczos() -> bool:
+    """Whether this torch can scale by Lanczos; older ones cannot."""
+    try:
+        _by_torch(np.zeros((4, 4, 3), dtype=np.uint8), 2, 2)
+    except (NotImplementedError, ValueError):
+        return False
+    return True
 
 
 def image_tokens(width: ArrayLike, height: ArrayLike, patch_pixels: int = PATCH_PIXELS) -> np.ndarray:

@@ -22,10 +22,11 @@ from data_modules.assembly import assemble_split
 from data_modules.buckets import PATCH_PIXELS, SizeMapping
 from data_modules.chunks import ChunkedSamples
 from data_modules.folder_lock import begin_or_go_on, clean_up, is_prepared, sole_preparation
+from data_modules.images import training_picture
 from data_modules.manifest import Manifest, read_manifest, sha256, verify_files, write_manifest
 from data_modules.part_writer import SplitWriter
 from data_modules.planning import PLANNING, PLANNING_COLUMNS, check_stored_sides
-from data_modules.samples import ROLES, caption_order, training_picture
+from data_modules.samples import ROLES, caption_order
 from zimage_lit.components import LatentCodec, TextEncoder
 from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError, at_least_one

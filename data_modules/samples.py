@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from data_modules.buckets import SizeMapping, resize_to
+from data_modules.buckets import SizeMapping
 from data_modules.cache import CacheSettings
 from data_modules.chunks import ChunkedSamples
-from data_modules.images import read_picture
+from data_modules.images import training_picture
 from data_modules.planning import SampleTable, read_table
 from zimage_lit.errors import UserError
 
@@ -70,15 +70,6 @@ def _as_file(picture: np.ndarray | bytes) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def training_picture(content: bytes, sizes: SizeMapping | None) -> np.ndarray:
-    """A stored picture at its training size, uint8 (H, W, 3); None: as it is stored. Raises Rejected."""
-    image = read_picture(content, name="")
-    if sizes is None:
-        return image
-    width, height = sizes(image.shape[1], image.shape[0])
-    return resize_to(image, int(width), int(height))
 
 
 def caption_order(captions: Captions) -> list[tuple[str, str]]:

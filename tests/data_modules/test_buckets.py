@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from data_modules import buckets
 from data_modules.buckets import SizeMapping, image_tokens, resize_to
 from zimage_lit.errors import UserError
 
@@ -129,6 +131,18 @@ def test_resizing_covers_the_size_and_crops_the_middle() -> None:
     assert abs(int(middle[25, 0, 0]) - 64) <= 2 and abs(int(middle[25, -1, 0]) - 191) <= 2
     tall = resize_to(ramp, 16, 64)  # a window of 25 of the 400 columns
     assert np.ptp(tall[32, :, 0]) <= 20 and abs(tall[32, :, 0].mean() - 127.5) <= 2
+
+
+@pytest.mark.parametrize("size", [(1000, 700), (333, 500), (130, 90), (97, 64)])
+def test_both_ways_of_scaling_give_the_same_picture(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's Lanczos, and Pillow's where torch has none."""
+    if not buckets.torch_has_lanczos():
+        pytest.skip("this torch cannot scale by Lanczos")
+    noise = np.random.default_rng(0).integers(0, 256, (size[1] // 3, size[0] // 3, 3), dtype=np.uint8)
+    image = np.asarray(Image.fromarray(noise).resize(size))
+    by_torch = resize_to(image, 112, 80)
+    monkeypatch.setattr(buckets, "torch_has_lanczos", lambda: False)
+    assert np.abs(resize_to(image, 112, 80).astype(int) - by_torch).max() <= 2
 
 
 def test_a_picture_of_the_right_size_is_left_alone() -> None:

@@ -3,12 +3,14 @@
 import io
 import struct
 import zlib
+from functools import lru_cache
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from data_modules.images import Rejected, read_picture
+from data_modules.buckets import SizeMapping, resize_to
+from data_modules.images import Rejected, read_picture, training_picture
 
 GRADIENT = np.stack(np.meshgrid(np.arange(0, 240, 6), np.arange(0, 200, 4)), -1).astype(np.uint8)  # (50, 40, 2)
 RGB = np.concatenate([GRADIENT, 255 - GRADIENT[..., :1]], -1)
@@ -95,8 +97,10 @@ def test_other_modes_become_rgb():
 
 def test_an_embedded_profile_is_applied_and_a_broken_one_is_passed_over():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    picture = read_picture(encoded(Image.fromarray(RGB), "PNG", icc_profile=srgb), "a.png")
-    assert np.abs(picture.astype(int) - RGB).max() <= 2
+    assert np.array_equal(read_picture(encoded(Image.fromarray(RGB), "PNG", icc_profile=srgb), "a.png"), RGB)
+    exchanged = srgb.replace(b"rXYZ", b"....", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"....", b"gXYZ", 1)
+    picture = read_picture(encoded(Image.fromarray(RGB), "PNG", icc_profile=exchanged), "a.png")  # its red is green
+    assert np.abs(picture.astype(int) - RGB[..., [1, 0, 2]]).max() <= 2
     assert np.array_equal(read_picture(encoded(Image.fromarray(RGB), "PNG", icc_profile=b"broken"), "a.png"), RGB)
 
 
@@ -112,6 +116,8 @@ def png_of_size(width: int, height: int) -> bytes:
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 40, 3), np.uint8))
 JPEG, PNG = encoded(NOISE, "JPEG"), encoded(NOISE, "PNG")
+# EXIF that turns the picture and says of its resolution that it is a byte, not a fraction: Pillow raises a TypeError.
+TURNED_WITHOUT_SENSE = b"Exif\0\0II*\0" + struct.pack("<IHHHIIHHII", 8, 2, 0x0112, 3, 1, 6, 282, 1, 2, 0) + bytes(4)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +135,7 @@ JPEG, PNG = encoded(NOISE, "JPEG"), encoded(NOISE, "PNG")
         (png_of_size(15_000, 14_000), "a.png", "too large: 15000x14000 is more than 200,000,000 pixels"),
         (png_of_size(0, 40), "a.png", ""),
         (png_of_size(300, 300), "a.png", "broken picture: "),
+        (encoded(NOISE, "JPEG", exif=TURNED_WITHOUT_SENSE), "a.jpg", "broken picture: "),
     ],
 )
 def test_each_way_of_being_broken_has_its_reason(content, name, reason):
@@ -140,3 +147,54 @@ def test_each_way_of_being_broken_has_its_reason(content, name, reason):
 def test_small_pictures_are_refused_where_that_is_asked():
     with pytest.raises(Rejected, match="too small: 40x50, its shorter side must have 64 pixels"):
         read_picture(PNG, "a.png", smallest=64)
+
+
+@lru_cache(maxsize=1)
+def photograph(width: int, height: int) -> Image.Image:
+    """Noise at many scales, finer ones fainter, as in photographs."""
+    dice, layers = np.random.default_rng(0), []
+    for cells in (4, 8, 16, 32, 64, 128, 256):
+        noise = Image.fromarray(dice.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        layers.append(np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), dtype=float) / cells)
+    return Image.fromarray((np.sum(layers, axis=0) * 2).clip(0, 255).astype(np.uint8))
+
+
+def fully_decoded(content: bytes, sizes: SizeMapping) -> np.ndarray:
+    picture = read_picture(content, "")
+    width, height = sizes(picture.shape[1], picture.shape[0])
+    return resize_to(picture, int(width), int(height))
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {}),
+        ("RGB", {"progressive": True, "subsampling": 0, "quality": 95}),
+        ("RGB", {"exif": 6}),
+        ("RGB", {"exif": 3}),
+        ("L", {}),
+        ("CMYK", {}),
+    ],
+)
+@pytest.mark.parametrize("width", [610, 1300, 2500])  # halves, quarters, eighths
+def test_a_large_jpeg_decoded_at_a_part_of_its_size_looks_as_if_decoded_in_full(width, mode, options):
+    exif = Image.Exif()
+    exif[0x0112] = options.get("exif", 1)
+    picture = photograph(width, width * 2 // 3).convert(mode)
+    content, sizes = encoded(picture, "JPEG", **{**options, "exif": exif}), SizeMapping(resolution=128)
+    reduced, full = training_picture(content, sizes), fully_decoded(content, sizes)
+    assert reduced.shape == full.shape
+    difference = np.abs(reduced.astype(int) - full)
+    assert 0 < difference.mean() < 1 and difference.max() < 10
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_picture_below_four_times_its_training_size_is_decoded_in_full(form):
+    content, sizes = encoded(photograph(620, 410), form), SizeMapping(resolution=128, crop_to_square=True)
+    assert np.array_equal(training_picture(content, sizes), fully_decoded(content, sizes))
+    assert np.array_equal(training_picture(content, None), read_picture(content, ""))
+
+
+def test_a_broken_picture_is_rejected_in_training_too():
+    with pytest.raises(Rejected, match="broken picture: image file is truncated"):
+        training_picture(JPEG[: len(JPEG) // 2], SizeMapping(resolution=64))

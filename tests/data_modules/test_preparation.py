@@ -19,7 +19,7 @@ from litdata import StreamingDataset
 from PIL import Image
 
 from benchmarks.prepare_folder import BREAKERS, make_folder
-from data_modules import TextToImageDataModule, assembly, part_writer, preparation
+from data_modules import TextToImageDataModule, assembly, images, part_writer, preparation
 from data_modules.buckets import SizeMapping
 from data_modules.folder_lock import LOCK
 from data_modules.images import read_picture
@@ -494,15 +494,18 @@ def test_large_data_go_into_several_chunks_with_running_numbers(tmp_path: Path) 
 
 
 def test_a_decoder_that_fails_in_a_new_way_costs_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def strange(content: bytes, *_: Any) -> np.ndarray:
-        if content == png(5):
-            raise ZeroDivisionError("no dots per inch")
-        return np.zeros((70, 70, 3), np.uint8)
+    as_rgb = images._as_rgb
 
-    monkeypatch.setattr(part_writer, "read_picture", strange)
-    source = jsonl(tmp_path / "source", [{"image": name, "caption": "a"} for name in ("a.png", "ab.png")])
+    def strange(picture: Image.Image) -> np.ndarray:
+        if picture.size == (70, 65):
+            raise ZeroDivisionError("no dots per inch")
+        return as_rgb(picture)
+
+    monkeypatch.setattr(images, "_as_rgb", strange)
+    source = jsonl(tmp_path / "source", [{"image": name, "caption": "a"} for name in ("a.png", "b.png")])
+    (tmp_path / "source" / "b.png").write_bytes(png(0, (70, 65)))
     prepare(PrepareSettings(str(source), str(tmp_path / "data"), num_workers=1))
-    assert rejections(tmp_path / "data") == {"list.jsonl:1": "broken picture: ZeroDivisionError: no dots per inch"}
+    assert rejections(tmp_path / "data") == {"list.jsonl:2": "broken picture: no dots per inch"}
 
 
 def test_sides_and_files_beyond_what_can_be_stored_are_too_large(
