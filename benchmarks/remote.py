@@ -4,9 +4,10 @@
     python benchmarks/remote.py --stop kill             # ... or gone, its port closed
 
 Makes chunks of noise pictures (which nothing can compress) below --folder, copies them into moto's S3 server in a
-process of its own (which keeps them in memory), and reads all of them once, shuffled within windows of neighbouring
-chunks, by SampleReader and its workers. Prints a table and one line of JSON: samples expected, seen and doubled, the
-largest size of the cached chunks, seconds, MB/s with the stop and without, and what was said.
+process of its own (which keeps them in memory), and trains next to nothing on them for an epoch in Lightning's Trainer,
+by TextToImageDataModule, shuffled within windows of neighbouring chunks. Prints a table and one line of JSON: samples
+expected, seen and doubled, the largest size of the cached chunks, seconds, MB/s with the stop and without, and what was
+said. The exit code is 1 where a sample was lost or doubled.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,14 @@ import boto3
 import litdata
 import numpy as np
 import requests
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 
 from data_modules.cache import CacheSettings
 from data_modules.manifest import write_manifest
-from data_modules.samples import CaptionChooser, Key, SampleReader, encode_sample, read_batches
+from data_modules.samples import encode_sample
+from data_modules.text_to_image import TextToImageDataModule
 
 MEBIBYTE = 2**20
 SIDE = 384  # pixels of a noise picture
@@ -59,9 +63,11 @@ def main() -> None:
         samples = write_data(folder / "data", options)
         with served(folder / "data", options.port) as server:
             shutil.rmtree(folder / "data")
-            report(read_epoch(folder, server, samples, options))
+            result = train_epoch(folder, server, samples, options)
     finally:
         shutil.rmtree(folder)
+    report(result)
+    sys.exit(result["samples_seen"] != result["samples_expected"] or result["samples_doubled"] > 0)
 
 
 def parse_options() -> argparse.Namespace:
@@ -149,46 +155,62 @@ def pause(server: subprocess.Popen[bytes], how: str, seconds: float) -> None:
 # The epoch
 
 
-def read_epoch(folder: Path, server: subprocess.Popen[bytes], size: int, options: argparse.Namespace) -> dict[str, Any]:
-    settings = CacheSettings(str(folder / "cache"), options.cache * MEBIBYTE)
-    reader = SampleReader("s3://bucket/data/train", CaptionChooser(None, 0), settings)
-    batches = shuffled_in_windows(reader, size, options)
-    order = np.array([index for batch in batches for _, index in batch])
-    reader.samples.upcoming(order)
-    seen: Counter[int | str] = Counter()
-    longest, last, stopping = 0.0, time.monotonic(), None
+class Counting(LightningModule):
+    """Learns next to nothing; counts the samples, and calls `in_the_middle` when half of the steps are done."""
+
+    def __init__(self, in_the_middle: Callable[[], None]) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.in_the_middle = in_the_middle
+        self.seen: Counter[int | str] = Counter()
+        self.longest, self.last = 0.0, time.monotonic()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        now = time.monotonic()
+        self.longest, self.last = max(self.longest, now - self.last), now
+        self.seen.update(batch["ids"])
+        if batch_idx == int(self.trainer.num_training_batches) // 2:
+            self.in_the_middle()
+        return self.layer(torch.stack([image.float().mean() for image in batch["images"]])[:, None]).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+
+def train_epoch(
+    folder: Path, server: subprocess.Popen[bytes], size: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    data = TextToImageDataModule(
+        "s3://bucket/data",
+        batch_size=options.batch_size,
+        num_workers=options.workers,
+        drop_last=False,
+        window=options.window,
+        cache=CacheSettings(str(folder / "cache"), options.cache * MEBIBYTE),
+    )
+    stop = threading.Thread(target=pause, args=(server, options.stop, options.pause))
+    module = Counting(stop.start if options.pause else lambda: None)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_model_summary=False
+    )  # fmt: skip
     with watched_cache(folder / "cache") as sizes, heard(folder / "said") as said:
-        began = time.monotonic()
-        for done, batch in enumerate(read_batches(reader, batches, options.workers), start=1):
-            seen.update(batch["ids"])
-            reader.samples.upcoming(order[done * options.batch_size :])
-            longest, last = max(longest, time.monotonic() - last), time.monotonic()
-            if done == len(batches) // 2 and options.pause:
-                stopping = threading.Thread(target=pause, args=(server, options.stop, options.pause))
-                stopping.start()
+        began = module.last = time.monotonic()
+        trainer.fit(module, datamodule=data)
         seconds = time.monotonic() - began
-        if stopping:
-            stopping.join()
+        if options.pause:
+            stop.join()
+    megabytes = options.mebibytes * MEBIBYTE / 1e6
     return {
         "samples_expected": size,
-        "samples_seen": len(seen),
-        "samples_doubled": sum(times - 1 for times in seen.values()),
+        "samples_seen": len(module.seen),
+        "samples_doubled": sum(times - 1 for times in module.seen.values()),
         "largest_cache_MiB": max(sizes) / MEBIBYTE,
         "seconds": seconds,
-        "longest_wait_for_a_batch_s": longest,
-        "MB_per_second": options.mebibytes * MEBIBYTE / 1e6 / seconds,
-        "MB_per_second_but_for_the_longest_wait": options.mebibytes * MEBIBYTE / 1e6 / (seconds - longest),
+        "longest_wait_for_a_batch_s": module.longest,
+        "MB_per_second": megabytes / seconds,
+        "MB_per_second_but_for_the_longest_wait": megabytes / (seconds - module.longest),
         "said": said,
     }
-
-
-def shuffled_in_windows(reader: SampleReader, size: int, options: argparse.Namespace) -> list[list[Key]]:
-    """Batches over all samples: chunks in a random order, samples shuffled among --window chunks."""
-    dice = np.random.default_rng(0)
-    chunks = np.searchsorted(reader.samples.chunk_ends, np.arange(size), side="right")
-    windows = dice.permutation(chunks.max() + 1)[chunks] // options.window
-    keys = [(0, index) for index in np.lexsort((dice.random(size), windows)).tolist()]
-    return [keys[start : start + options.batch_size] for start in range(0, size, options.batch_size)]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class EncodeSettings:
     codec: str | None = None  # the latent codec's folder, or a pipeline's; null leaves the pictures as they are
     text_encoder: str | None = None  # the text encoder's folder, or a pipeline's; null leaves the captions alone
     sizes: dict[str, Any] | None = None  # at which pictures are encoded: sizes.resolution=1024 …; null: as stored
-    batch_size: int = 8  # pictures of one size that are encoded together
+    batch_size: int = 8  # pictures of one size, and on a GPU captions of one length, that are encoded together
     chunk_mib: int = 64  # MiB, size of the stored files
     device: str | None = None  # cpu, cuda …; null: a GPU where there is one
 
@@ -80,7 +81,10 @@ def encode(asked: EncodeSettings) -> Manifest:
     codec = codec_from(asked.codec).to(device) if asked.codec else None
     text_encoder = None
     if asked.text_encoder:
-        text_encoder = Qwen3TextEncoder(asked.text_encoder, on_long_prompt="truncate", cache_mib=0).to(device)
+        together = 1 if str(device) == "cpu" else asked.batch_size  # one by one, features repeat bit for bit
+        text_encoder = Qwen3TextEncoder(
+            asked.text_encoder, on_long_prompt="truncate", batch_size=together, cache_mib=0
+        ).to(device)
     source = read_manifest(asked.data)
     if source.settings.get("encoded_by"):
         raise UserError(f"{asked.data} has latents or features already: give the data set that it was made from.")
@@ -118,45 +122,53 @@ class _Encoder:
 
     def __call__(self, samples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         latents = self._latents(samples) if self.codec else [{} for _ in samples]
-        for stored, encoded in zip(samples, latents, strict=True):
+        features = self._features(samples) if self.text_encoder else [{} for _ in samples]
+        for stored, encoded, described in zip(samples, latents, features, strict=True):
             replaced = {name.removesuffix("_latents") for name in encoded}
             kept = {name: value for name, value in stored.items() if name not in replaced}
-            yield {**encoded, **self._features(stored), **kept}
+            yield {**encoded, **described, **kept}
 
     def _latents(self, samples: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
         """The latents of each sample's pictures by role; pictures of one size are encoded together."""
         assert self.codec is not None
-        groups: dict[tuple[int, ...], list[tuple[int, str, np.ndarray]]] = defaultdict(list)
-        for number, stored in enumerate(samples):
-            for role in ROLES:
-                if role in stored:
-                    picture = training_picture(stored[role].tobytes(), self.sizes)
-                    if any(side % PATCH_PIXELS for side in picture.shape[:2]):
-                        raise UserError(
-                            f"A picture of sample {stored['id']} is {picture.shape[1]}x{picture.shape[0]}, and sides "
-                            f"must be multiples of {PATCH_PIXELS} pixels: set sizes.resolution, for example to 1024."
-                        )
-                    groups[picture.shape].append((number, role, picture))
+        wanted = [(number, role) for number, stored in enumerate(samples) for role in ROLES if role in stored]
+        pictures = [self._picture(samples[number], role) for number, role in wanted]
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, picture in enumerate(pictures):
+            groups[picture.shape].append(place)
         found: list[dict[str, np.ndarray]] = [{} for _ in samples]
         for members in groups.values():
             for start in range(0, len(members), self.batch_size):
                 batch = members[start : start + self.batch_size]
-                pixels = torch.from_numpy(np.stack([picture for _, _, picture in batch])).permute(0, 3, 1, 2)
-                for (number, role, _), latent in zip(batch, self.codec.encode(pixels.float() / 127.5 - 1), strict=True):
+                pixels = torch.from_numpy(np.stack([pictures[place] for place in batch])).permute(0, 3, 1, 2)
+                for place, latent in zip(batch, self.codec.encode(pixels.float() / 127.5 - 1), strict=True):
+                    number, role = wanted[place]
                     found[number][f"{role}_latents"] = _stored(latent)
         return found
 
-    def _features(self, stored: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The features of all captions, one after the other in `caption_order`, and how long each is."""
-        if self.text_encoder is None:
-            return {}
-        captions = json.loads(stored["captions"])
-        texts = [captions[language][kind] for language, kind in caption_order(captions)]
-        features = self.text_encoder.encode(texts)
-        return {
-            "caption_features": _stored(torch.cat(features)),
-            "feature_lengths": np.array([len(one) for one in features], dtype=np.int32),
-        }
+    def _picture(self, stored: Mapping[str, Any], role: str) -> np.ndarray:
+        picture = training_picture(stored[role].tobytes(), self.sizes)
+        if any(side % PATCH_PIXELS for side in picture.shape[:2]):
+            raise UserError(
+                f"A picture of sample {stored['id']} is {picture.shape[1]}x{picture.shape[0]}, and sides must be "
+                f"multiples of {PATCH_PIXELS} pixels: set sizes.resolution, for example to 1024."
+            )
+        return picture
+
+    def _features(self, samples: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
+        """The features of each sample's captions, one after the other in `caption_order`, and how long each is."""
+        assert self.text_encoder is not None
+        texts = []
+        for stored in samples:
+            captions = json.loads(stored["captions"])
+            texts.append([captions[language][kind] for language, kind in caption_order(captions)])
+        features = iter(self.text_encoder.encode([text for own in texts for text in own]))
+        found = []
+        for own in texts:
+            encoded = list(islice(features, len(own)))
+            lengths = np.array([len(one) for one in encoded], dtype=np.int32)
+            found.append({"caption_features": _stored(torch.cat(encoded)), "feature_lengths": lengths})
+        return found
 
 
 def _stored(tensor: torch.Tensor) -> np.ndarray:

@@ -34,7 +34,10 @@ def is_prepared(data_dir: Path, settings: Mapping[str, Any], folder_key: str) ->
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What has changed, as `key=before (now key=now)`."""
-    return [f"{key}={before.get(key)} (now {key}={value})" for key, value in now.items() if before.get(key) != value]
+    changed = {key: value for key, value in now.items() if before.get(key) != value}
+    if list(changed) == ["source_listing"]:
+        return ["other files in its source, whose names or sizes have changed since"]
+    return [f"{key}={before.get(key)} (now {key}={value})" for key, value in changed.items()]
 
 
 def begin_or_go_on(parts_dir: Path, settings: Mapping[str, Any], folder_key: str) -> None:

@@ -135,8 +135,13 @@ def _as_rgb(picture: Image.Image) -> np.ndarray:
         return np.repeat(gray[..., None], 3, axis=-1)
     if picture.has_transparency_data:
         seen = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return np.asarray(Image.alpha_composite(white, seen).convert("RGB"))
+        colours = Image.fromarray(_in_srgb(seen.convert("RGB"), profile if picture.mode == "RGBA" else None))
+        white = Image.new("RGB", picture.size, "white")
+        return np.asarray(Image.composite(colours, white, seen.getchannel("A")))
+    return _in_srgb(picture, profile)
+
+
+def _in_srgb(picture: Image.Image, profile: bytes | None) -> np.ndarray:
     if profile and picture.mode in ("RGB", "CMYK", "L"):
         transform = _to_srgb(profile, picture.mode)
         if transform is not None:

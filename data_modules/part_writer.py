@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -26,7 +27,7 @@ from litdata.streaming.writer import BinaryWriter
 
 from data_modules.images import Rejected, read_picture
 from data_modules.manifest import sha256
-from data_modules.samples import encode_sample
+from data_modules.samples import WRITTEN, caption_order, encode_sample
 from data_modules.sources import Part, Record, Rejection
 
 SUMMARY = "part.json"
@@ -54,14 +55,16 @@ class PartSummary:
     """What part.json says.
 
     samples: split -> rows of [number of the record in the part, id, width, height, caption tokens, concept or None].
-    rejected: rows of [place, reason]. captions: language -> kinds. chunks: split -> litdata's entries of an index, each
-    with its sha256. config: litdata's own of the chunks, the same in all parts.
+    rejected: rows of [place, reason]. captions: language -> kinds. caption_sets: [[language, kind] ...] of a sample, as
+    JSON -> how many samples have just these. chunks: split -> litdata's entries of an index, each with its sha256.
+    config: litdata's own of the chunks, the same in all parts.
     """
 
     count: int
     samples: dict[str, list[list[Any]]]
     rejected: list[list[str]]
     captions: dict[str, list[str]]
+    caption_sets: dict[str, int]
     chunks: dict[str, list[dict[str, Any]]]
     config: dict[str, Any] | None
 
@@ -120,6 +123,7 @@ def _write(job: Job, folder: Path) -> PartSummary:
     writers = {split: SplitWriter(folder / split, job.rules.chunk_bytes) for split in ("train", "val")}
     rejected: list[list[str]] = []
     kinds: dict[str, set[str]] = {}
+    sets: Counter[str] = Counter()
     for number, record in enumerate(job.part.records()):
         try:
             if isinstance(record, Rejection):
@@ -137,6 +141,7 @@ def _write(job: Job, folder: Path) -> PartSummary:
             writers[split_of(record.group, job.rules.val_share)].add(sample, row)
             for language, texts in record.captions.items():
                 kinds.setdefault(language, set()).update(texts)
+            sets[json.dumps(caption_order(record.captions), ensure_ascii=False)] += 1
         if _done is not None:
             with _done.get_lock():
                 _done.value += 1
@@ -146,6 +151,7 @@ def _write(job: Job, folder: Path) -> PartSummary:
         {split: writer.rows for split, writer in writers.items()},
         rejected,
         {language: sorted(kinds[language]) for language in sorted(kinds)},
+        dict(sets),
         chunks,
         writers["train"].config or writers["val"].config,
     )
@@ -180,10 +186,15 @@ def split_of(group: str, val_share: float) -> str:
 
 
 def caption_tokens(record: Record, tokenizer: str | None) -> int:
-    """Tokens of the longest caption: counted with the chat template, or estimated from its bytes; at most 512."""
-    texts = [text for kinds in record.captions.values() for text in kinds.values()]
+    """Tokens of the longest caption, at most 512: counted with the chat template, or estimated from its bytes.
+
+    What is written in the picture (kind `text`) counts only where there is no other caption: it is seldom trained on.
+    """
+    texts = [text for kinds in record.captions.values() for kind, text in kinds.items() if kind != WRITTEN]
+    texts = texts or [text for kinds in record.captions.values() for text in kinds.values()]
     if tokenizer is None:
-        return min(MAX_TOKENS, math.ceil(max(len(text.encode()) for text in texts) / BYTES_PER_TOKEN))
+        longest = max(len(text.encode()) for text in texts)
+        return min(MAX_TOKENS, math.ceil(longest / BYTES_PER_TOKEN))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # longer captions are cut
         return max(len(tokens) for tokens in _text_encoder(tokenizer).tokenize(texts))

@@ -15,6 +15,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -202,9 +203,14 @@ def _duplicates(folders: list[Path]) -> dict[int, set[int]]:
     found: dict[int, set[int]] = {}
     for position in np.sort(later).tolist():
         part = int(np.searchsorted(ends, position, side="right"))
-        row = _rows(read_summary(folders[part]))[position - int(ends[part]) + len(hashes[part])]
+        row = _rows_of(folders[part])[position - int(ends[part]) + len(hashes[part])]
         found.setdefault(part, set()).add(row[0])
     return found
+
+
+@lru_cache(maxsize=1)  # duplicates are looked up part by part
+def _rows_of(folder: Path) -> list[list[Any]]:
+    return _rows(read_summary(folder))
 
 
 def _rows(summary: PartSummary) -> list[list[Any]]:
@@ -218,6 +224,9 @@ def _rows(summary: PartSummary) -> list[list[Any]]:
 def _assemble(output: Path, folders: list[Path], settings: dict[str, Any]) -> Manifest:
     """Move the chunks to their splits, describe them, and write the manifest. Every step can be done twice."""
     report, captions, concepts = _sum_up(output, folders)
+    caption_sets: Counter[str] = Counter()
+    for folder in folders:
+        caption_sets.update(read_summary(folder).caption_sets)
     _show(report, output)
     if not report["prepared"].get("train"):
         shutil.rmtree(output / PARTS)
@@ -226,9 +235,8 @@ def _assemble(output: Path, folders: list[Path], settings: dict[str, Any]) -> Ma
     hashes = {}
     for split in report["prepared"]:
         hashes.update(_assemble_split(output, split, folders, concepts))
-    manifest = write_manifest(
-        output, settings["name"], report["prepared"], captions, settings | {"concepts": concepts}, hashes
-    )
+    settings = {**settings, "concepts": concepts, "caption_sets": dict(sorted(caption_sets.items()))}
+    manifest = write_manifest(output, settings["name"], report["prepared"], captions, settings, hashes)
     shutil.rmtree(output / PARTS, ignore_errors=True)
     return manifest
 

@@ -21,6 +21,7 @@ from zimage_lit.errors import UserError
 
 Captions = dict[str, dict[str, str]]  # language -> kind -> text
 Key = tuple[int, int]  # (epoch, index of the sample in its split)
+WRITTEN = "text"  # the kind of a caption that is not one: what is written in the picture
 ROLES = ("image", "source", "winner", "loser")  # what a picture may be to its sample
 
 
@@ -90,7 +91,7 @@ class CaptionChooser:
 
     def __call__(self, captions: Captions, epoch: int, index: int) -> tuple[str, str]:
         """(language, kind) of the caption that the sample has in this epoch."""
-        options = [((language, kind), self._weight(language, kind)) for language, kind in caption_order(captions)]
+        options = [((language, kind), self.weight(language, kind)) for language, kind in caption_order(captions)]
         total = sum(weight for _, weight in options)
         if not total > 0:
             found = ", ".join(f"{language}.{kind}" for language, kinds in captions.items() for kind in kinds)
@@ -105,9 +106,10 @@ class CaptionChooser:
                 return name
         return next(name for name, weight in reversed(options) if weight > 0)  # rounding in the sum of the weights
 
-    def _weight(self, language: str, kind: str) -> float:
+    def weight(self, language: str, kind: str) -> float:
+        """How often a caption is used, beside the sample's others."""
         if self.weights is None:
-            return float(kind != "text")
+            return float(kind != WRITTEN)
         return self.weights.get(language, {}).get(kind, 0.0)
 
 

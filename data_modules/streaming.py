@@ -67,6 +67,8 @@ class ResumableLoader:
             "fingerprint": fingerprint,
             "num_samples": len(reader),
             **asdict(self._plan_settings),
+            "caption_weights": reader.choose_caption.weights,
+            "group_size": reader.copies,
             **self._table.settings,
         }
         share = self._plan_settings.share

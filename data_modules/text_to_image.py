@@ -1,5 +1,6 @@
 """Prepared data sets of each kind, streamed into Lightning's Trainer with exact resume."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -95,7 +96,8 @@ class TextToImageDataModule(LightningDataModule):
             verify_files(self.data_dir, manifest, self.verify)
             self._check_kind(manifest)
             check_caption_weights(self.caption_weights, manifest.captions)
-            if self.roles and self.sizes is None and "codec" not in manifest.settings.get("encoded_by", {}):
+            self._check_every_sample_has_a_caption(manifest)
+            if self.roles and self.sizes is None and not self._has_latents(manifest):
                 for split in manifest.splits:
                     samples = self._reader(split).samples
                     key = "data.init_args.sizes.resolution"
@@ -198,6 +200,18 @@ class TextToImageDataModule(LightningDataModule):
                 f"{self.data_dir} has latents of pictures of fixed sizes: leave out data.init_args.sizes, or use the "
                 "data set that they were made from."
             )
+
+    def _check_every_sample_has_a_caption(self, manifest: Manifest) -> None:
+        """UserError where training would come upon a sample none of whose captions may be used."""
+        weight = CaptionChooser(self.caption_weights, self.seed).weight
+        for captions, count in manifest.settings.get("caption_sets", {}).items():
+            names = json.loads(captions)
+            if not any(weight(language, kind) > 0 for language, kind in names):
+                found = ", ".join(".".join(name) for name in names)
+                raise UserError(
+                    f"{count} of the samples in {self.data_dir} have no captions but {found}, and "
+                    "data.init_args.caption_weights gives none of them a weight above 0: add one of them."
+                )
 
     def _check_window(self, reader: SampleReader) -> None:
         """UserError where shuffling reaches over more chunks than the cache holds: most would be fetched many times."""

@@ -43,8 +43,8 @@ class FolderPart:
         path = self.folder / name
         if path.suffix.lower() in SIDECARS:
             raise Rejected("no picture: a caption file with no picture beside it")
-        beside = {ending: path.with_suffix(ending) for ending in SIDECARS}
-        sidecars = {ending: read_file(sidecar) for ending, sidecar in beside.items() if sidecar.exists()}
+        beside = [path.with_suffix(written) for ending in SIDECARS for written in (ending, ending.upper())]
+        sidecars = {sidecar.suffix.lower(): read_file(sidecar) for sidecar in reversed(beside) if sidecar.exists()}
         return described(printable(name), {"image": (name, read_file(path))}, sidecars, self.columns)
 
 

@@ -93,13 +93,13 @@ def _csv_fields(row: list[str] | csv.Error, header: Sequence[str]) -> dict[str, 
 def open_jsonl(path: Path, part_size: int, columns: Columns) -> Source:
     names: dict[str, None] = {}
     with path.open("rb") as stream:
-        for _, _, content in islice(_json_rows(stream), 100):
+        for _, _, content in _json_rows(stream):  # all: a manifest may be sorted by language or by source
             try:
                 names.update(dict.fromkeys(parse_object(content, "record")))
             except Rejected:
                 continue  # it will be named when its turn comes
     if not names:
-        raise UserError(f"{path} holds no JSON object on any of its first lines: correct source=… or format=….")
+        raise UserError(f"{path} holds no JSON object on any of its lines: correct source=… or format=….")
     columns = columns.of_table(list(names), str(path))
     with path.open("rb") as stream:
         return _lines_source("jsonl", path, part_size, columns, None, _json_rows(stream))

@@ -139,7 +139,14 @@ def row_record(place: str, fields: Mapping[str, Any], columns: Columns, folder: 
     pictures = {
         role: _picture_in(fields.get(columns.names[role]), columns.names[role], folder) for role in columns.roles
     }
-    return build_record(place, pictures, fields, columns)
+    role = next((role for role in ("source", "image") if role in pictures), None)
+    return build_record(place, pictures, fields, columns, shared=_name_of(pictures[role], folder) if role else "")
+
+
+def _name_of(picture: tuple[str, bytes], folder: Path) -> str:
+    """Of a picture that several records may have: its path, or what is in it where it lies inside the table."""
+    name, content = picture
+    return name if name and (folder / name).is_file() else hashlib.sha256(content).hexdigest()
 
 
 def _picture_in(value: Any, column: str, folder: Path) -> tuple[str, bytes]:

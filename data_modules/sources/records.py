@@ -127,11 +127,12 @@ def build_record(
     fields: Mapping[str, Any],
     columns: Columns,
     record_id: str | None = None,
+    shared: str = "",
 ) -> Record:
     """A record from its pictures and fields; those that stand for nothing become metadata.
 
-    record_id: of sources whose records have a name; else the field `id`, else the place. Raises Rejected where there
-    is no caption, or something is of the wrong type.
+    record_id: of sources whose records have a name; else the field `id`, else the place. shared: names the picture that
+    other records may have too. Raises Rejected where there is no caption, or something is of the wrong type.
     """
     values = {target: fields[name] for target, name in columns.names.items() if name in fields}
     captions = _captions(values, columns)
@@ -143,10 +144,10 @@ def build_record(
             raise Rejected(f"no id: {columns.names['id']} is empty")
         own_id = str(values["id"])
     concept = None if values.get("concept") in (None, "") else str(values["concept"])
-    shared = pictures.get("source") or pictures.get("image") or ("", b"")
     try:
         metadata = json.loads(json.dumps(metadata, ensure_ascii=False, default=str).encode())
-        group = own_id or shared[0] or json.dumps(captions, sort_keys=True, ensure_ascii=False)
+        said = json.dumps(captions, sort_keys=True, ensure_ascii=False)
+        group = record_id or shared or own_id or said
         for text in (own_id or "", group, concept or ""):
             text.encode()
     except (UnicodeEncodeError, RecursionError) as error:

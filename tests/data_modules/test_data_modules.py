@@ -531,3 +531,21 @@ def test_loaders_take_the_rank_of_the_trainer(pictures: Path) -> None:
     ranks = [ResumableLoader(reader, "", 3, seed=0, rank=rank, world_size=3, table=reader.table()) for rank in range(3)]
     names = [name for loader in ranks for batch in loader for name in batch["ids"]]
     assert len(names) == len(set(names)) == len(reader) - len(reader) % 9
+
+
+def test_weights_that_leave_a_sample_without_a_caption_are_refused_at_setup(tmp_path: Path) -> None:
+    lines = [{"caption.en.short": "a"}, {"caption.en.short": "b", "caption.zh.short": "c"}, {"caption.zh.short": "d"}]
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prepare(PrepareSettings(str(source), str(tmp_path / "data"), num_workers=1))
+    data, one_language = str(tmp_path / "data"), {"en": {"short": 1.0}}
+    message = refused(lambda: PromptDataModule(data, batch_size=1, caption_weights=one_language).setup("fit"))
+    assert message.startswith(f"1 of the samples in {data} have no captions but zh.short, and data.init_args.caption")
+    PromptDataModule(data, batch_size=1, caption_weights={**one_language, "zh": {"short": 1.0}}).setup("fit")
+
+
+def test_a_position_is_not_continued_with_other_captions(pictures: Path) -> None:
+    state = text_to_image(pictures, batch_size=2).train_dataloader().state_dict()
+    weights = {language: dict.fromkeys(kinds, 1.0) for language, kinds in read_manifest(pictures).captions.items()}
+    other = text_to_image(pictures, batch_size=2, caption_weights=weights).train_dataloader()
+    assert "caption_weights=None and this run has caption_weights={" in refused(lambda: other.load_state_dict(state))

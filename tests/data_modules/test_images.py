@@ -95,11 +95,16 @@ def test_other_modes_become_rgb():
     )
 
 
+def red_is_green() -> bytes:
+    """sRGB with two primaries exchanged."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return srgb.replace(b"rXYZ", b"....", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"....", b"gXYZ", 1)
+
+
 def test_an_embedded_profile_is_applied_and_a_broken_one_is_passed_over():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert np.array_equal(read_picture(encoded(Image.fromarray(RGB), "PNG", icc_profile=srgb), "a.png"), RGB)
-    exchanged = srgb.replace(b"rXYZ", b"....", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"....", b"gXYZ", 1)
-    picture = read_picture(encoded(Image.fromarray(RGB), "PNG", icc_profile=exchanged), "a.png")  # its red is green
+    picture = read_picture(encoded(Image.fromarray(RGB), "PNG", icc_profile=red_is_green()), "a.png")
     assert np.abs(picture.astype(int) - RGB[..., [1, 0, 2]]).max() <= 2
     assert np.array_equal(read_picture(encoded(Image.fromarray(RGB), "PNG", icc_profile=b"broken"), "a.png"), RGB)
 
@@ -198,3 +203,11 @@ def test_a_picture_below_four_times_its_training_size_is_decoded_in_full(form):
 def test_a_broken_picture_is_rejected_in_training_too():
     with pytest.raises(Rejected, match="broken picture: image file is truncated"):
         training_picture(JPEG[: len(JPEG) // 2], SizeMapping(resolution=64))
+
+
+def test_a_profile_is_applied_below_transparency_too():
+    exchanged = red_is_green()
+    opaque = np.dstack([RGB, np.full(RGB.shape[:2], 255, np.uint8)])
+    seen = read_picture(encoded(Image.fromarray(opaque), "PNG", icc_profile=exchanged), "a.png")
+    assert np.array_equal(seen, read_picture(encoded(Image.fromarray(RGB), "PNG", icc_profile=exchanged), "a.png"))
+    assert not np.array_equal(seen, RGB)

@@ -427,3 +427,31 @@ def test_a_circle_of_links_ends(tmp_path: Path) -> None:
     write(tmp_path, {"a/a.png": picture(), "a/a.txt": "a"})
     (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
     assert [record.place for record in good(read(tmp_path))] == ["a/a.png"]
+
+
+# ---------------------------------------------------------------------------------------------------- any
+
+
+def test_columns_that_first_appear_far_down_a_manifest_are_known(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": picture()})
+    english = [{"image": "a.png", "caption.en.medium": "a cat"}] * 120
+    chinese = {"image": "a.png", "caption.zh.medium": "一只猫", "concept": "cat"}
+    *_, last = good(read(jsonl(tmp_path / "list.jsonl", *english, chinese)))
+    assert last.captions == {"zh": {"medium": "一只猫"}} and last.concept == "cat" and last.metadata == {}
+
+
+def test_captions_beside_pictures_are_found_in_capitals_too(tmp_path: Path) -> None:
+    write(tmp_path, {"A.PNG": picture(), "A.TXT": "a cat", "b.png": picture(1), "b.txt": "a dog"})
+    assert [record.captions["en"]["medium"] for record in good(read(tmp_path))] == ["a cat", "a dog"]
+
+
+def test_what_is_made_from_one_picture_belongs_together(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": picture(1), "b.png": picture(2)})
+    lines = [{"id": str(n), "image": name, "caption": "a cat"} for n, name in enumerate(("a.png", "a.png", "b.png"))]
+    first, same, other = (record.group for record in good(read(jsonl(tmp_path / "list.jsonl", *lines))))
+    assert first == same != other
+
+    embedded = [{"bytes": picture(shade), "path": "image.png"} for shade in (1, 1, 2)]
+    pq.write_table(pa.table({"image": embedded, "caption": ["a cat"] * 3}), tmp_path / "list.parquet")
+    first, same, other = (record.group for record in good(read(tmp_path / "list.parquet")))
+    assert first == same != other

@@ -68,6 +68,8 @@ def train(
 
     make_loader: from `data` and num_workers; None: the one of a TextToImageDataModule.
     """
+    if die_in_step is not None:
+        torch.set_num_threads(1)  # a forked process has none of its parent's threads, and OpenMP would wait for them
     output.mkdir(parents=True, exist_ok=True)
     module = Recorder(output / "seen.jsonl", die_in_step)
     module.log_path.write_text("")
