@@ -62,6 +62,15 @@ def prepared(folder: Path, lines: list[dict[str, Any]], **settings: Any) -> Path
     return folder / "data"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As forked processes have: a product of matrices may be rounded otherwise by two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Path:
     lines = [
