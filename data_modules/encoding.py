@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data_modules.assembly import assemble_split
 from data_modules.buckets import PATCH_PIXELS, SizeMapping
 from data_modules.chunks import ChunkedSamples
-from data_modules.folder_lock import begin_or_go_on, clean_up, is_prepared, sole_preparation
+from data_modules.folder_lock import GO_ON, PARTS, begin_or_go_on, clean_up, is_prepared, sole_preparation
 from data_modules.images import training_picture
 from data_modules.manifest import Manifest, read_manifest, sha256, verify_files, write_manifest
 from data_modules.part_writer import SplitWriter
@@ -34,9 +34,7 @@ from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import read_json, write_atomically
 
 FOLDER_KEY = "output"
-PARTS = ".parts"  # below the output, until it is finished
 PART = "part.json"
-GO_ON = "everything finished is kept, and the same command goes on from there"
 
 
 @dataclass(frozen=True)
@@ -225,16 +223,14 @@ def _encode_chunk(samples: ChunkedSamples, number: int, folder: Path, encoder: _
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     writer = SplitWriter(unfinished, chunk_bytes)
-    rows: list[list[int]] = []
     indices = _indices(samples, number)
     step = 16 * encoder.batch_size  # samples that are in memory at a time
     for start in range(indices.start, indices.stop, step):
         for sample in encoder([samples[index] for index in range(start, min(start + step, indices.stop))]):
             tokens = int(max(sample.get("feature_lengths", [0])))
-            rows.append([*_training_size(sample, encoder.codec), tokens])
-            writer.add(sample, [])
+            writer.add(sample, [*_training_size(sample, encoder.codec), tokens])
     chunks = writer.close()
-    write_atomically(unfinished / PART, json.dumps({"chunks": chunks, "config": writer.config, "rows": rows}))
+    write_atomically(unfinished / PART, json.dumps({"chunks": chunks, "config": writer.config, "rows": writer.rows}))
     unfinished.rename(folder)
 
 

@@ -12,6 +12,8 @@ from data_modules.manifest import MANIFEST, read_manifest
 from zimage_lit.errors import UserError
 from zimage_lit.files import read_json, write_atomically
 
+PARTS = ".parts"  # below the data folder, until it is finished
+GO_ON = "everything finished is kept, and the same command goes on from there"
 LOCK = ".preparing"  # lies in the folder from the first moment of a preparation to its end
 
 

@@ -111,16 +111,26 @@ def verify_files(data_dir: Path | str, manifest: Manifest, verify: Verify) -> No
     if is_remote(data_dir):
         return
     data_dir = Path(data_dir)
-    way_out = f"copy it again, or delete {data_dir} and prepare it again."
     for name, expected in manifest.files.items():
-        path = data_dir / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing: {way_out}")
+        problem = problem_with(data_dir, name, expected, verify)
+        if problem:
+            raise UserError(problem)
+
+
+def problem_with(data_dir: Path, name: str, expected: Mapping[str, Any], verify: Verify) -> str | None:
+    """What is wrong with a file of a data set, as a sentence with the way out; None where nothing is."""
+    path, way_out = data_dir / name, f"copy it again, or delete {data_dir} and prepare it again."
+    if not path.is_file():
+        return f"{path} is missing: {way_out}"
+    try:
         size = path.stat().st_size
         if size != expected["bytes"]:
-            raise UserError(f"{path} has {size} bytes where its manifest says {expected['bytes']}: {way_out}")
+            return f"{path} has {size} bytes where its manifest says {expected['bytes']}: {way_out}"
         if verify == "sha256" and sha256(path) != expected["sha256"]:
-            raise UserError(f"{path} is damaged (its SHA-256 differs from the manifest): {way_out}")
+            return f"{path} is damaged (its SHA-256 differs from the manifest): {way_out}"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror}): check the disk, then {way_out}"
+    return None
 
 
 def data_files(data_dir: Path) -> list[str]:

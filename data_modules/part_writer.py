@@ -55,15 +55,14 @@ class PartSummary:
     """What part.json says.
 
     samples: split -> rows of [number of the record in the part, id, width, height, caption tokens, concept or None].
-    rejected: rows of [place, reason]. captions: language -> kinds. caption_sets: [[language, kind] ...] of a sample, as
-    JSON -> how many samples have just these. chunks: split -> litdata's entries of an index, each with its sha256.
-    config: litdata's own of the chunks, the same in all parts.
+    rejected: rows of [place, reason]. caption_sets: the [language, kind] pairs of a sample, as JSON -> how many samples
+    have just these. chunks: split -> litdata's entries of an index, each with its sha256. config: litdata's own of the
+    chunks, the same in all parts.
     """
 
     count: int
     samples: dict[str, list[list[Any]]]
     rejected: list[list[str]]
-    captions: dict[str, list[str]]
     caption_sets: dict[str, int]
     chunks: dict[str, list[dict[str, Any]]]
     config: dict[str, Any] | None
@@ -122,7 +121,6 @@ def write_part(job: Job) -> None:
 def _write(job: Job, folder: Path) -> PartSummary:
     writers = {split: SplitWriter(folder / split, job.rules.chunk_bytes) for split in ("train", "val")}
     rejected: list[list[str]] = []
-    kinds: dict[str, set[str]] = {}
     sets: Counter[str] = Counter()
     for number, record in enumerate(job.part.records()):
         try:
@@ -139,8 +137,6 @@ def _write(job: Job, folder: Path) -> PartSummary:
             tokens = caption_tokens(record, job.rules.tokenizer)
             row = [number, record.id, width, height, tokens, record.concept]
             writers[split_of(record.group, job.rules.val_share)].add(sample, row)
-            for language, texts in record.captions.items():
-                kinds.setdefault(language, set()).update(texts)
             sets[json.dumps(caption_order(record.captions), ensure_ascii=False)] += 1
         if _done is not None:
             with _done.get_lock():
@@ -150,7 +146,6 @@ def _write(job: Job, folder: Path) -> PartSummary:
         job.part.count,
         {split: writer.rows for split, writer in writers.items()},
         rejected,
-        {language: sorted(kinds[language]) for language in sorted(kinds)},
         dict(sets),
         chunks,
         writers["train"].config or writers["val"].config,

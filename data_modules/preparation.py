@@ -12,10 +12,13 @@ import multiprocessing
 import os
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_modules.assembly import assemble_split
-from data_modules.folder_lock import begin_or_go_on, clean_up, is_prepared, sole_preparation
+from data_modules.folder_lock import GO_ON, PARTS, begin_or_go_on, clean_up, is_prepared, sole_preparation
 from data_modules.images import LARGEST
 from data_modules.manifest import Manifest, read_manifest, write_manifest
 from data_modules.part_writer import (
@@ -44,10 +47,8 @@ from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import write_atomically
 
 FOLDER_KEY = "output"
-PARTS = ".parts"  # below the output, until it is finished
 REJECTED = "rejected.jsonl"
 REPORT = "preparation.json"
-GO_ON = "everything finished is kept, and the same command goes on from there"
 
 
 @dataclass(frozen=True)
@@ -223,10 +224,7 @@ def _rows(summary: PartSummary) -> list[list[Any]]:
 
 def _assemble(output: Path, folders: list[Path], settings: dict[str, Any]) -> Manifest:
     """Move the chunks to their splits, describe them, and write the manifest. Every step can be done twice."""
-    report, captions, concepts = _sum_up(output, folders)
-    caption_sets: Counter[str] = Counter()
-    for folder in folders:
-        caption_sets.update(read_summary(folder).caption_sets)
+    report, caption_sets, concepts = _sum_up(output, folders)
     _show(report, output)
     if not report["prepared"].get("train"):
         shutil.rmtree(output / PARTS)
@@ -235,17 +233,17 @@ def _assemble(output: Path, folders: list[Path], settings: dict[str, Any]) -> Ma
     hashes = {}
     for split in report["prepared"]:
         hashes.update(_assemble_split(output, split, folders, concepts))
-    settings = {**settings, "concepts": concepts, "caption_sets": dict(sorted(caption_sets.items()))}
-    manifest = write_manifest(output, settings["name"], report["prepared"], captions, settings, hashes)
+    settings = {**settings, "concepts": concepts, "caption_sets": caption_sets}
+    manifest = write_manifest(output, settings["name"], report["prepared"], _kinds(caption_sets), settings, hashes)
     shutil.rmtree(output / PARTS, ignore_errors=True)
     return manifest
 
 
-def _sum_up(output: Path, folders: list[Path]) -> tuple[dict[str, Any], dict[str, list[str]], list[str]]:
-    """Write rejected.jsonl and preparation.json; gives (the report, the kinds of captions, the concepts)."""
+def _sum_up(output: Path, folders: list[Path]) -> tuple[dict[str, Any], dict[str, int], list[str]]:
+    """Write rejected.jsonl and preparation.json; gives (the report, the sets of captions, the concepts)."""
     prepared: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
-    kinds: dict[str, set[str]] = {}
+    caption_sets: Counter[str] = Counter()
     concepts: set[str] = set()
     records = 0
     with (output / REJECTED).open("w", encoding="utf-8") as stream:
@@ -257,15 +255,20 @@ def _sum_up(output: Path, folders: list[Path]) -> tuple[dict[str, Any], dict[str
             for place, reason in summary.rejected:
                 rejected[reason.partition(":")[0]] += 1
                 stream.write(json.dumps({"source": place, "reason": reason}, ensure_ascii=False) + "\n")
-            for language, names in summary.captions.items():
-                kinds.setdefault(language, set()).update(names)
+            caption_sets.update(summary.caption_sets)
     report = {
         "records": records,
         "prepared": {split: prepared[split] for split in ("train", "val") if prepared[split]},
         "rejected": dict(sorted(rejected.items())),
     }
     write_atomically(output / REPORT, json.dumps(report, indent=1, ensure_ascii=False))
-    return report, {language: sorted(kinds[language]) for language in sorted(kinds)}, sorted(concepts)
+    return report, dict(sorted(caption_sets.items())), sorted(concepts)
+
+
+def _kinds(caption_sets: Mapping[str, int]) -> dict[str, list[str]]:
+    """Language -> kinds, of all captions that any sample has."""
+    names = sorted({(language, kind) for captions in caption_sets for language, kind in json.loads(captions)})
+    return {language: [kind for _, kind in group] for language, group in groupby(names, key=itemgetter(0))}
 
 
 def _assemble_split(output: Path, split: str, folders: list[Path], concepts: list[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from data_modules.manifest import Manifest, data_files, read_manifest, sha256
+from data_modules.manifest import Manifest, data_files, problem_with, read_manifest
 from data_modules.remote import is_remote
 from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError, at_least_one
@@ -57,26 +57,11 @@ def find_damage(data_dir: Path, manifest: Manifest, num_workers: int = 1) -> lis
     with Progress(*columns, TimeRemainingColumn()) as progress, ThreadPoolExecutor(num_workers) as pool:
         bar = progress.add_task(f"Verifying {manifest.name}", total=total)
         # hashing lets other threads run
-        judgements = pool.map(lambda name: _judge(data_dir, name, manifest.files[name]), names)
+        judgements = pool.map(lambda name: problem_with(data_dir, name, manifest.files[name], "sha256"), names)
         for name, problem in zip(names, judgements, strict=True):
             progress.advance(bar, manifest.files[name]["bytes"])
             problems += [problem] if problem else []
     return problems + list(_extra_files(data_dir, manifest))
-
-
-def _judge(data_dir: Path, name: str, expected: dict[str, Any]) -> str | None:
-    path, way_out = data_dir / name, f"copy it again, or delete {data_dir} and prepare it again."
-    if not path.is_file():
-        return f"{path} is missing: {way_out}"
-    try:
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"{path} has {size:,} bytes where its manifest says {expected['bytes']:,}: {way_out}"
-        if sha256(path) != expected["sha256"]:
-            return f"{path} is damaged (its SHA-256 differs from the manifest): {way_out}"
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror}): check the disk, then {way_out}"
-    return None
 
 
 def _extra_files(data_dir: Path, manifest: Manifest) -> Iterator[str]:

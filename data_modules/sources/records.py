@@ -6,10 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_modules.images import Rejected
+from data_modules.samples import ROLES, Captions
 from zimage_lit.config import did_you_mean
 from zimage_lit.errors import UserError
-
-Captions = dict[str, dict[str, str]]  # language -> kind -> text
 
 # What a data set may be made of, as the pictures of each record: an edited picture and what it was made from, a pair to
 # choose from, a picture, or prompts alone.
@@ -27,7 +26,6 @@ TARGETS = {
     "concept": ("concept",),
     "id": ("id",),
 }
-ROLES = ("image", "source", "winner", "loser")
 
 
 @dataclass(frozen=True)
