@@ -12,7 +12,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -100,6 +100,7 @@ class TensorReader(FileSystemReader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.index = read_index(folder)
+        self.entries = cast(dict[str, TensorStorageMetadata], self.index.state_dict_metadata)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.index
@@ -114,9 +115,7 @@ class ShardedTensors(Mapping[str, Tensor]):
     def __init__(self, folder: Path, prefix: str) -> None:
         self.reader, self.prefix = TensorReader(folder), prefix
         self.entries = {
-            name.removeprefix(prefix): entry
-            for name, entry in self.reader.index.state_dict_metadata.items()
-            if name.startswith(prefix)
+            name.removeprefix(prefix): entry for name, entry in self.reader.entries.items() if name.startswith(prefix)
         }
 
     @property

@@ -135,7 +135,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         tensors: dict[str, Any] = {"state_dict": self.lightning_module.state_dict()}
         for number, state in enumerate(optimizers):
             tensors[f"optimizer_{number}"], _ = sharded.split(state)
-        stored = reader.index.state_dict_metadata
+        stored = reader.entries
         wanted = sharded.flat(tensors)
         if missing := [name for name in wanted if name not in stored]:
             raise UserError(

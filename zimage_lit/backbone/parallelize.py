@@ -1,4 +1,4 @@
-"""How a backbone is made to fit: activation checkpointing, compiling, sharding, in this order, and how shards are filled.
+"""How a backbone is made to fit: activation checkpointing, compiling, sharding, in this order; and filling its shards.
 
 The network knows nothing of it: checkpointing and compiling replace the `forward` of single blocks, so that no module,
 name or hook changes, and sharding turns the parameters into DTensors where they are. A block's hooks (they gather its
@@ -152,7 +152,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def own_part(like: Tensor, whole: Tensor) -> Tensor:
-    """A tensor placed as `like` is, of its type and on its device, with this rank's part of `whole`; no communication."""
+    """A tensor placed as `like` is, of its type and on its device, made of `whole` without communication."""
     if not isinstance(like, DTensor):
         return whole.to(like.device, like.dtype, copy=True)
     part = whole[own_rows(like)].to(like.device, like.dtype, copy=True)
