@@ -62,8 +62,8 @@ class ResumableLoader:
         self.batches_done = 0  # of the epoch
         self.steps_done = 0  # of all epochs
         self._table = table or reader.plain_table()
-        # slices of the order: the steps are the same however they are shared among ranks
-        self._is_sliced = token_budget is None and self._table.tokens is None and self._table.bucket is None
+        # then a step takes the same samples however many ranks share them
+        self._is_sliced = self._table.tokens is None and drop_last
         self._plan_settings = PlanSettings(batch_size, token_budget, world_size, shuffle, drop_last, window, seed)
         self._settings: dict[str, Any] = {
             "fingerprint": fingerprint,

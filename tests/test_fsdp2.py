@@ -4,6 +4,9 @@ The trap of a loader that replays an epoch after it was resumed (the ninth of te
 loader: tests/data_modules/test_streaming_resume.py and test_two_ranks.py.
 """
 
+import re
+import resource
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from zimage_lit.objectives import flow_matching
 from zimage_lit.rng import generator
 from zimage_lit.run_folder import last_checkpoint
 from zimage_lit.stages import FlowMatchingModule
-from zimage_lit.stages.initial_weights import build_backbone, open_weights
+from zimage_lit.stages.initial_weights import build_backbone, open_weights, read_checkpoint
 from zimage_lit.stages.optimizers import OptimizerSettings
 from zimage_lit.strategies import FSDP2Strategy
 
@@ -160,6 +163,7 @@ def fit(
     strategy: Any = "auto",
     devices: int = 1,
     stage_settings: dict[str, Any] | None = None,
+    callbacks: Sequence[lightning.Callback] = (),
     **settings: Any,
 ) -> Seen:
     """Train, with checkpoints every four steps; the schedule of the learning rate always ends at step 20."""
@@ -168,7 +172,7 @@ def fit(
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", devices=devices, strategy=strategy, logger=False, max_epochs=-1,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
-        callbacks=[watch, EMA(decay=0.9), RunCheckpoint(every_n_steps=4)], **settings,
+        callbacks=[watch, EMA(decay=0.9), *callbacks, RunCheckpoint(every_n_steps=4)], **settings,
     )  # fmt: skip
     trainer.fit(module, datamodule=Data(), ckpt_path=resume, weights_only=True)
     return watch.all
@@ -392,6 +396,35 @@ def test_a_file_of_a_single_process_goes_on_sharded(pair: Ranks, folder: Path, w
     assert same(before.states[-1], after[0].states[0])
     assert means(after) == pytest.approx(whole.losses[8:], abs=1e-5)
     assert last.is_symlink() and sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "last.ckpt.1"]
+
+
+class Fill(lightning.Callback):
+    """The disk of the second rank is full from step 5 on: a limit on file sizes makes its writes fail half-way."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 5 and trainer.global_rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def fit_on_a_full_disk(folder: Path) -> str:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        fit_sharded(folder, 12, callbacks=[Fill()])
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return "saved"
+
+
+def test_a_full_disk_of_one_rank_ends_all_and_leaves_the_last_good_checkpoint(pair: Ranks, folder: Path) -> None:
+    for answer in pair(fit_on_a_full_disk, folder / "full"):
+        assert re.fullmatch(
+            r"cannot write a checkpoint in .*; the last good checkpoint is .*last\.ckpt: make room.*", answer
+        )
+    last = last_checkpoint(folder / "full")
+    assert read_checkpoint(last)["global_step"] == 4
+    assert {path.name for path in last.parent.iterdir()} == {"last.ckpt", "last.ckpt.0"}
 
 
 def start_from(source: Path, folder: Path) -> dict[str, Tensor]:

@@ -163,10 +163,15 @@ def own_part(like: Tensor, whole: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(backbone: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy this rank's parts of `weights`, which are read one at a time; names that `backbone` has not are left out."""
-    for name, target in backbone.state_dict().items():
+    """Copy this rank's parts of `weights`, which are read one at a time; what they do not have keeps its value."""
+    for name, target in published(backbone).items():
         if name in weights:
             place(target, weights[name])
+
+
+def published(backbone: nn.Module) -> dict[str, Tensor]:
+    """The weights by the names that they have in files, also where an adapter has been put around a layer."""
+    return {name.replace(".base_layer.", "."): weight for name, weight in backbone.state_dict().items()}
 
 
 def place(target: Tensor, whole: Tensor) -> None:
@@ -180,18 +185,18 @@ def fill_fresh(backbone: nn.Module, twin: "S3DiT", seed: int) -> None:
 
     twin: a backbone of the same sizes on the meta device.
     """
-    targets = backbone.state_dict()
+    targets = published(backbone)
     by_identity = {id(parameter): targets[name] for name, parameter in twin.named_parameters()}
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         for module in twin.modules():
             if isinstance(module, nn.Linear):  # draws twice: when it is made, and when the network resets it
                 nn.Linear(module.in_features, module.out_features, module.bias is not None, device="cpu")
-        with _WholeDraws(by_identity):
+        with WholeDraws(by_identity):
             twin.reset_parameters()
 
 
-class _WholeDraws(TorchDispatchMode):
+class WholeDraws(TorchDispatchMode):
     """What initialisation draws for a parameter is drawn whole, on the CPU, put into its shards and forgotten.
 
     targets: `id` of the parameter that is initialised -> the shards.
