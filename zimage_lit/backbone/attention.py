@@ -17,7 +17,7 @@ except ImportError:  # torch built without it: the dense runs below serve every 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
     """Full bidirectional attention inside each sample, never across; (T, heads, head_dim) -> the same shape."""
     if varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        boundaries, longest = segments.cumulative, max(segments.lengths)
+        boundaries, longest = segments.cumulative, segments.longest
         return cast(Tensor, varlen_attn(query, key, value, boundaries, boundaries, longest, longest))
     return attention_by_runs(query, key, value, segments)
 

@@ -20,6 +20,7 @@ class Segments:
     """Sample boundaries of one packed sequence; `lengths` are multiples of the chunk length."""
 
     lengths: tuple[int, ...]
+    longest: int  # of the lengths; a number by itself, so that code compiled for one batch serves the next as well
     runs: tuple[tuple[int, int], ...]  # (samples, length) of neighbours of equal length
     cumulative: Tensor  # (B + 1,) int32, for variable-length kernels
     sample_of_chunk: Tensor  # (T / pad_multiple,) int64
@@ -51,6 +52,7 @@ def _within(lengths: np.ndarray) -> np.ndarray:
 def _segments(padded: np.ndarray, positions: np.ndarray, multiple: int, device: torch.device) -> Segments:
     return Segments(
         lengths=tuple(padded.tolist()),
+        longest=int(padded.max()),
         runs=tuple((len(list(group)), length) for length, group in groupby(padded.tolist())),
         cumulative=torch.tensor(np.concatenate([[0], np.cumsum(padded)]), dtype=torch.int32, device=device),
         sample_of_chunk=torch.from_numpy(np.repeat(np.arange(len(padded)), padded // multiple)).to(device),
