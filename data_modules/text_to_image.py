@@ -320,15 +320,16 @@ MODULES = {
 def check_caption_weights(
     weights: Mapping[str, Mapping[str, float]] | None, available: Mapping[str, list[str]]
 ) -> None:
-    """UserError for caption weights that name unknown languages or kinds, are negative, or are all zero."""
+    """UserError for caption weights that are negative or all zero, or that ask for languages or kinds that there are
+    not; a weight of 0 asks for nothing, so an experiment can switch off what its defaults name."""
     if weights is None:
         return
     key = "data.init_args.caption_weights"
     for language, kinds in weights.items():
-        if language not in available:
+        if language not in available and any(kinds.values()):
             raise UserError(f"{key} names the language {language!r}: the data have {', '.join(available)}.")
         for kind, weight in kinds.items():
-            if kind not in available[language]:
+            if weight and kind not in available[language]:
                 raise UserError(
                     f"{key}.{language} names the kind {kind!r}: the data have {', '.join(available[language])}."
                 )
