@@ -126,9 +126,9 @@ def balanced_weights(table: TagTable, settings: BalanceSettings) -> np.ndarray:
 
     With p(c | sample) the share of a sample that falls to concept c, its BM25 score among the scores of the sample's
     concepts, and with p(c) the mean of that over the samples: weight = sum over c of p(c | sample) * (prior(c) /
-    p(c))^strength. Where every sample is of one concept alone, drawn shares are then the prior's exactly; elsewhere
-    they come as near as the other concepts of the same samples let them. At strength 1 the mean weight is 1, less what
-    `max_repeats` takes away; at others it is brought to 1 too, for an epoch of the usual length.
+    p(c))^strength, brought to a mean of 1. Where every sample is of one concept alone, drawn shares are then the
+    prior's exactly; elsewhere they come nearer to it, and the other concepts of the same samples come along. What
+    `max_repeats` takes away is missing: an epoch is then shorter.
 
     Raises UserError for a prior that names unknown concepts or gives none any weight.
     """

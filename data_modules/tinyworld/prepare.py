@@ -288,7 +288,7 @@ def _fit_components(data_dir: Path, settings: dict[str, Any]) -> None:
     """The codec from training pictures, the text encoder from their captions and from single letters."""
     from zimage_lit.components import PatchPCACodec, build_tiny_qwen3  # transformers takes seconds to import
 
-    samples = [draw(index, settings["world_seed"]) for index in range(min(FIT_SAMPLES, settings["num_samples"]))]
+    samples = [draw(index, settings["world_seed"]) for index in range(FIT_SAMPLES)]
     images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
     PatchPCACodec.fit(images.float() / 127.5 - 1, data_dir / "codec")
     texts = [text for sample in samples for kinds in sample.captions.values() for text in kinds.values()]
