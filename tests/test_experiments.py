@@ -34,7 +34,11 @@ GIVEN = {
         "model.init_args.init_from=model",
         "data.init_args.data_dir=data",
         "trainer.callbacks.samples.init_args.prompts=[a boat]",
-    ]
+    ],
+    **dict.fromkeys(
+        (f"z-image-6b/{stage}" for stage in ("low-res", "omni", "sft", "finetune", "lora")),
+        ["data.init_args.data_dir=data"],
+    ),
 }
 
 
