@@ -35,10 +35,7 @@ GIVEN = {
         "data.init_args.data_dir=data",
         "trainer.callbacks.samples.init_args.prompts=[a boat]",
     ],
-    **dict.fromkeys(
-        (f"z-image-6b/{stage}" for stage in ("low-res", "omni", "sft", "finetune", "lora")),
-        ["data.init_args.data_dir=data"],
-    ),
+    **{name: ["data.init_args.data_dir=data"] for name in EXPERIMENTS if name.startswith("z-image-6b/")},
 }
 
 
