@@ -5,8 +5,8 @@ data_dir/codec                   PatchPCACodec fitted to training pictures
 data_dir/text_encoder            tiny Qwen3 with a tokenizer made from training captions
 data_dir/manifest.json           written last: a folder with a manifest is a finished one
 
-Codec and text encoder are those of the default pictures and tasks, whichever are drawn: so a network that has learnt
-one TinyWorld goes on in another.
+Codec and text encoder are those of the default pictures and tasks of the same seed, whichever are drawn: so a network
+that has learnt one TinyWorld goes on in another.
 """
 
 import hashlib
@@ -41,7 +41,8 @@ from data_modules.tinyworld.world import DEFAULT_SIZE, TASK_WEIGHTS, Size, TinyW
 from zimage_lit.errors import UserError
 
 CHUNK_SAMPLES = 10_000  # about 14 MB
-FIT_SAMPLES = 4_096  # for the codec and the tokenizer
+FIT_SAMPLES = 4_096  # of the default world, for the codec and the tokenizer
+FEW_FIT_SAMPLES = 256  # for those of data sets that are smaller than that: quick, and the same for all of them
 FOLDER_KEY = "data.init_args.data_dir"
 SPLITS: dict[str, Split] = {"train": "train", "val": "heldout"}
 COUNT_TAGS = ("one", "two", "three", "four")
@@ -288,7 +289,8 @@ def _fit_components(data_dir: Path, settings: dict[str, Any]) -> None:
     """The codec from training pictures, the text encoder from their captions and from single letters."""
     from zimage_lit.components import PatchPCACodec, build_tiny_qwen3  # transformers takes seconds to import
 
-    samples = [draw(index, settings["world_seed"]) for index in range(FIT_SAMPLES)]
+    count = FIT_SAMPLES if settings["num_samples"] >= FIT_SAMPLES else FEW_FIT_SAMPLES
+    samples = [draw(index, settings["world_seed"]) for index in range(count)]
     images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
     PatchPCACodec.fit(images.float() / 127.5 - 1, data_dir / "codec")
     texts = [text for sample in samples for kinds in sample.captions.values() for text in kinds.values()]
