@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data_modules.balancing import TAGS
 from data_modules.planning import PLANNING
 from zimage_lit.errors import UserError
 from zimage_lit.files import write_atomically
@@ -20,11 +21,12 @@ def assemble_split(
     parts: Iterable[tuple[Path, list[dict[str, Any]]]],
     config: dict[str, Any] | None,
     columns: np.ndarray,
+    tags: bytes | None = None,
 ) -> dict[str, str]:
     """Move chunks to the folder of their split and describe them. Can be done twice, should the first time be killed.
 
     parts: (folder, litdata's entries of its chunks, each with its sha256), in the order of the samples. config:
-    litdata's own. columns: (N, 4) width, height, caption tokens and concept of each sample.
+    litdata's own. columns: (N, 4) width, height, caption tokens and concept of each sample. tags: of tags.npz, if any.
     Returns the SHA-256 of the chunks by their paths below the data set.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,9 @@ def assemble_split(
     updated_at = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
     index = {"chunks": chunks, "config": config, "updated_at": updated_at}
     write_atomically(folder / "index.json", json.dumps(index, sort_keys=True))
-    write_atomically(folder / PLANNING, _planning(columns))
+    write_atomically(folder / PLANNING, planning_file(columns))
+    if tags:
+        write_atomically(folder / TAGS, tags)
     return hashes
 
 
@@ -53,7 +57,8 @@ def _move(chunk: Path, target: Path) -> None:
         raise UserError(f"{chunk} is gone: delete {target.parent.parent} and make it again.")
 
 
-def _planning(columns: np.ndarray) -> bytes:
+def planning_file(columns: np.ndarray) -> bytes:
+    """The bytes of planning.npz; columns: (N, 4) width, height, caption tokens and concept."""
     buffer = BytesIO()
     width, height, tokens, concept = columns.T
     np.savez(

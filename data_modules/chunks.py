@@ -14,6 +14,7 @@ import numpy as np
 from litdata import StreamingDataset
 from litdata.streaming.item_loader import PyTreeLoader
 
+from data_modules.balancing import TAGS
 from data_modules.cache import CacheSettings, ChunkCache
 from data_modules.planning import PLANNING
 from data_modules.remote import FIRST_WAIT, LONGEST_WAIT, FileLock, Unanswered, is_remote
@@ -30,7 +31,7 @@ class ChunkedSamples:
 
     location: the split's folder (litdata's index.json and chunks), as a path or an address (s3://, gs://, http://,
     https://). Chunks behind an address are fetched into the cache when they are needed, or before with `upcoming`.
-    folder: the local folder with the split's index.json and, if the data set has one, planning.npz.
+    folder: the local folder with the split's index.json and, if the data set has them, planning.npz and tags.npz.
     chunk_ends: for each chunk the index after its last sample.
 
     Files and connections are opened at first use in the process that reads, so it can be handed to forked and to
@@ -183,14 +184,15 @@ class ChunkedSamples:
 
 
 def _small_files(cache: ChunkCache, split: str) -> Path:
-    """The local folder with a split's index and planning."""
+    """The local folder with a split's index, and what planning and balancing read."""
     if not cache.has(f"{split}/{INDEX}"):
         raise UserError(
             f"The manifest of {cache.remote.location} has no {split}/{INDEX}: correct data.init_args.data_dir, or "
             "prepare the data again."
         )
-    if cache.has(f"{split}/{PLANNING}"):
-        cache.small_file(f"{split}/{PLANNING}")
+    for name in (PLANNING, TAGS):
+        if cache.has(f"{split}/{name}"):
+            cache.small_file(f"{split}/{name}")
     return cache.small_file(f"{split}/{INDEX}").parent
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_modules.assembly import assemble_split
+from data_modules.balancing import TAGS
 from data_modules.buckets import PATCH_PIXELS, SizeMapping
 from data_modules.chunks import ChunkedSamples
 from data_modules.folder_lock import GO_ON, PARTS, begin_or_go_on, clean_up, is_prepared, sole_preparation
@@ -197,7 +198,9 @@ def _make(data: str, source: Manifest, output: Path, settings: dict[str, Any], e
         summaries = [read_json(folder / PART) for folder in folders]
         columns = _planning_columns(reader, np.concatenate([summary["rows"] for summary in summaries]))
         chunks = [(folder, summary["chunks"]) for folder, summary in zip(folders, summaries, strict=True)]
-        hashes |= assemble_split(output / split, chunks, summaries[0]["config"], columns)
+        tags = reader.folder / TAGS
+        known = tags.read_bytes() if tags.is_file() else None
+        hashes |= assemble_split(output / split, chunks, summaries[0]["config"], columns, known)
     manifest = write_manifest(output, source.name, source.splits, source.captions, settings, hashes)
     shutil.rmtree(output / PARTS)
     return manifest

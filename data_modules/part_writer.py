@@ -25,6 +25,7 @@ from typing import Any
 
 from litdata.streaming.writer import BinaryWriter
 
+from data_modules.balancing import tags_of
 from data_modules.images import Rejected, read_picture
 from data_modules.manifest import sha256
 from data_modules.samples import WRITTEN, caption_order, encode_sample
@@ -54,7 +55,8 @@ class Rules:
 class PartSummary:
     """What part.json says.
 
-    samples: split -> rows of [number of the record in the part, id, width, height, caption tokens, concept or None].
+    samples: split -> rows of [number of the record in the part, id, width, height, caption tokens, concept or None,
+    tags].
     rejected: rows of [place, reason]. caption_sets: the [language, kind] pairs of a sample, as JSON -> how many samples
     have just these. chunks: split -> litdata's entries of an index, each with its sha256. config: litdata's own of the
     chunks, the same in all parts.
@@ -135,7 +137,8 @@ def _write(job: Job, folder: Path) -> PartSummary:
             pictures = {role: content for role, (_, content) in record.pictures.items()}
             sample = encode_sample(pictures, record.captions, record.metadata, record.id)
             tokens = caption_tokens(record, job.rules.tokenizer)
-            row = [number, record.id, width, height, tokens, record.concept]
+            tags = tags_of(record.captions, record.concept)
+            row = [number, record.id, width, height, tokens, record.concept, tags]
             writers[split_of(record.group, job.rules.val_share)].add(sample, row)
             sets[json.dumps(caption_order(record.captions), ensure_ascii=False)] += 1
         if _done is not None:

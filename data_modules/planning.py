@@ -10,7 +10,7 @@ to the ranks so that all have the same to do. What is left over of each bucket i
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_modules.balancing import BalanceSettings, balanced_weights, read_tags, tags_file
 from data_modules.buckets import PATCH_PIXELS, SizeMapping, image_tokens
 from zimage_lit.errors import UserError
 from zimage_lit.rng import generator
@@ -114,6 +115,7 @@ def read_table(
     max_caption_tokens: int = 512,
     concepts: Sequence[str] = (),
     concept_weights: Mapping[str, float] | None = None,
+    balance: BalanceSettings | None = None,
     pad_multiple: int = PAD_MULTIPLE,
     pictures: int = 1,
     sequences: int = 1,
@@ -123,6 +125,7 @@ def read_table(
     chunk_sizes: samples in each chunk. sizes: at which pictures are trained; None: as they are stored.
     max_caption_tokens: where the text encoder cuts. concepts: names that the file's column `concept` points into.
     concept_weights: name -> how often its samples come in an epoch; 1 for all others.
+    balance: how often each sample comes so that concepts have their shares, from the split's tags.npz.
     pictures: of about one size in each of a sample's sequences (editing: 2).   sequences: of a sample (preference: 2).
 
     Raises UserError: the file is needed and missing, damaged or of other samples; unknown concepts.
@@ -130,28 +133,33 @@ def read_table(
     chunk = np.repeat(np.arange(len(chunk_sizes), dtype=np.int32), chunk_sizes)
     path = folder / PLANNING
     if not path.is_file():
-        if sizes is not None or concept_weights:
+        if sizes is not None or concept_weights or balance:
             raise UserError(
-                f"{path} is missing, which data.init_args.sizes and concept_weights need: prepare the data again, or "
-                "leave them out."
+                f"{path} is missing, which data.init_args.sizes, concept_weights and balance need: prepare the data "
+                "again, or leave them out."
             )
         return SampleTable(len(chunk), chunk=chunk)
     columns = _read_columns(path, len(chunk))
     image, bucket = _pictures(columns["width"], columns["height"], sizes)
     captions = np.minimum(columns["caption_tokens"], max_caption_tokens)
-    settings = {
+    settings: dict[str, Any] = {
         "sizes": sizes and sizes.settings,
         "max_caption_tokens": max_caption_tokens,
         "pad_multiple": pad_multiple,
         "concept_weights": dict(concept_weights or {}),
         "planning": hashlib.sha256(b"".join(column.tobytes() for column in columns.values())).hexdigest(),
     }
+    weight = weights_of(columns["concept"], concepts, concept_weights) if concept_weights else None
+    if balance:
+        tags = read_tags(folder, len(chunk))
+        weight = balanced_weights(tags, balance)
+        settings["balance"] = {**asdict(balance), "tags": hashlib.sha256(tags_file(tags)).hexdigest()}
     return SampleTable(
         len(chunk),
         tokens=sequences * packed_tokens(pictures * image, captions, pad_multiple),
         bucket=bucket,
         chunk=chunk,
-        weight=weights_of(columns["concept"], concepts, concept_weights) if concept_weights else None,
+        weight=weight,
         settings=settings,
     )
 

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_modules.assembly import assemble_split
+from data_modules.balancing import collect_tags, tags_file
 from data_modules.folder_lock import GO_ON, PARTS, begin_or_go_on, clean_up, is_prepared, sole_preparation
 from data_modules.images import LARGEST
 from data_modules.manifest import Manifest, read_manifest, write_manifest
@@ -251,7 +252,7 @@ def _sum_up(output: Path, folders: list[Path]) -> tuple[dict[str, Any], dict[str
             records += summary.count
             for split, rows in summary.samples.items():
                 prepared[split] += len(rows)
-                concepts.update(row[-1] for row in rows if row[-1] is not None)
+                concepts.update(row[5] for row in rows if row[5] is not None)
             for place, reason in summary.rejected:
                 rejected[reason.partition(":")[0]] += 1
                 stream.write(json.dumps({"source": place, "reason": reason}, ensure_ascii=False) + "\n")
@@ -283,7 +284,9 @@ def _assemble_split(output: Path, split: str, folders: list[Path], concepts: lis
         rows = [[*row[2:5], -1 if row[5] is None else places[row[5]]] for row in summary.samples[split]]
         columns.append(np.array(rows, dtype=np.int64).reshape(-1, 4))
         parts.append((part / split, summary.chunks[split]))
-    return assemble_split(output / split, parts, config, np.concatenate(columns))
+    tags = collect_tags(row[6] for part in folders for row in read_summary(part).samples[split])
+    described = np.concatenate(columns)
+    return assemble_split(output / split, parts, config, described, tags_file(tags) if tags.names else None)
 
 
 def _show(report: dict[str, Any], output: Path) -> None:

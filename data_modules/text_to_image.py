@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from lightning import LightningDataModule
 
+from data_modules.balancing import BalanceSettings
 from data_modules.buckets import SizeMapping
 from data_modules.cache import CacheSettings
 from data_modules.manifest import Manifest, Verify, read_manifest, verify_files
@@ -41,6 +42,7 @@ class TextToImageDataModule(LightningDataModule):
         token_budget: packed tokens per device and step, in place of batch_size: long sequences make small batches.
         sizes: at which pictures are trained; None: as they are stored. Latents are of the sizes they were made with.
         concept_weights: concept -> how often an epoch has its samples, 1 for those not named.
+        balance: draw each epoch so that the concepts of the samples' tags have the shares of a prior; None: do not.
         window: chunks that are mixed with each other at a time, for data behind an address; None: all.
         cache: where and how chunks behind an address are kept.
 
@@ -69,9 +71,15 @@ class TextToImageDataModule(LightningDataModule):
         concept_weights: dict[str, float] | None = None,
         window: int | None = None,
         cache: CacheSettings | None = None,
+        balance: BalanceSettings | None = None,
     ) -> None:
         super().__init__()
         PlanSettings(batch_size, token_budget, window=window)  # says what is wrong with them
+        if balance and concept_weights:
+            raise UserError(
+                "data.init_args.balance and concept_weights both say how often samples come: leave one of them out; a "
+                "concept's weight can be in balance.prior."
+            )
         if num_workers < 0:
             raise UserError(f"data.init_args.num_workers is {num_workers}: set it to 0 or more.")
         self.data_dir: Path | str = data_dir if is_remote(data_dir) else Path(data_dir)
@@ -81,6 +89,7 @@ class TextToImageDataModule(LightningDataModule):
         self.seed = seed
         self.caption_weights = caption_weights
         self.concept_weights = concept_weights
+        self.balance = balance
         self.sizes = sizes
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -120,7 +129,7 @@ class TextToImageDataModule(LightningDataModule):
             world_size=world_size,
             token_budget=self.token_budget,
             window=self.window,
-            table=self._table(reader, self.concept_weights),
+            table=self._table(reader, self.concept_weights, self.balance),
         )
 
     def val_dataloader(self) -> OrderedLoader | list[Any]:
@@ -129,7 +138,7 @@ class TextToImageDataModule(LightningDataModule):
             return []
         rank, world_size = self._rank_and_world_size()
         reader = self._reader("val")
-        table = self._table(reader)  # all of it, whatever the concepts' weights
+        table = self._table(reader)  # all of it, whatever is drawn how often in training
         return OrderedLoader(reader, self.batch_size, self.num_workers, rank, world_size, self.token_budget, table)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -174,13 +183,19 @@ class TextToImageDataModule(LightningDataModule):
         sizes = None if self._has_latents(self.manifest) else self.sizes  # latents have their sizes already
         return SampleReader(folder, choose_caption, sizes, self.cache, self.group_size)
 
-    def _table(self, reader: SampleReader, concept_weights: dict[str, float] | None = None) -> SampleTable | None:
+    def _table(
+        self,
+        reader: SampleReader,
+        concept_weights: dict[str, float] | None = None,
+        balance: BalanceSettings | None = None,
+    ) -> SampleTable | None:
         """What planning must know: nothing where batches are plain slices of the order."""
-        if self.token_budget is None and self.sizes is None and not concept_weights:
+        if self.token_budget is None and self.sizes is None and not concept_weights and not balance:
             return None
         return reader.table(
             concepts=self.manifest.settings.get("concepts", ()),
             concept_weights=concept_weights,
+            balance=balance,
             pictures=self.pictures,
             sequences=self.sequences,
         )
@@ -305,15 +320,16 @@ MODULES = {
 def check_caption_weights(
     weights: Mapping[str, Mapping[str, float]] | None, available: Mapping[str, list[str]]
 ) -> None:
-    """UserError for caption weights that name unknown languages or kinds, are negative, or are all zero."""
+    """UserError for caption weights that are negative or all zero, or that ask for languages or kinds that there are
+    not; a weight of 0 asks for nothing, so an experiment can switch off what its defaults name."""
     if weights is None:
         return
     key = "data.init_args.caption_weights"
     for language, kinds in weights.items():
-        if language not in available:
+        if language not in available and any(kinds.values()):
             raise UserError(f"{key} names the language {language!r}: the data have {', '.join(available)}.")
         for kind, weight in kinds.items():
-            if kind not in available[language]:
+            if weight and kind not in available[language]:
                 raise UserError(
                     f"{key}.{language} names the kind {kind!r}: the data have {', '.join(available[language])}."
                 )

@@ -34,7 +34,8 @@ GIVEN = {
         "model.init_args.init_from=model",
         "data.init_args.data_dir=data",
         "trainer.callbacks.samples.init_args.prompts=[a boat]",
-    ]
+    ],
+    **{name: ["data.init_args.data_dir=data"] for name in EXPERIMENTS if name.startswith("z-image-6b/")},
 }
 
 

@@ -1,5 +1,6 @@
 """TinyWorld as a LightningDataModule: prepares itself at first use."""
 
+from data_modules.balancing import BalanceSettings
 from data_modules.manifest import Verify
 from data_modules.text_to_image import CaptionWeights, TextToImageDataModule
 
@@ -11,7 +12,7 @@ CAPTION_WEIGHTS: CaptionWeights = {
 
 
 class TinyWorldDataModule(TextToImageDataModule):
-    """Text-to-image batches of TinyWorld, 64x64 pixels; `val` holds held-out combinations only.
+    """Text-to-image batches of TinyWorld; `val` holds held-out combinations only.
 
     Args:
         data_dir: where the data set is prepared, with its codec and text encoder; made if missing.
@@ -19,7 +20,12 @@ class TinyWorldDataModule(TextToImageDataModule):
         world_seed: of the world: which samples are drawn at preparation.
         seed: of the order of the samples and the choice of captions in training.
         num_val_samples: validation samples to draw.
-        batch_size, num_workers, caption_weights, shuffle, drop_last, verify: see TextToImageDataModule.
+        canvases: [width, height] of the pictures in pixels, each as often as the others, mixed in a batch; multiples of
+            16 from 48 up; None: 64x64 alone.
+        task_weights: task -> share of the samples drawn, in proportion, none for those not named; None: those that
+            make a balanced score (`world.TASK_WEIGHTS`).
+        batch_size, num_workers, caption_weights, shuffle, drop_last, verify, token_budget, balance: see
+            TextToImageDataModule. A sample's concepts for `balance` are its task, counts, relations, classes, colours.
 
     Raises:
         UserError: see `prepare` and TextToImageDataModule.
@@ -32,12 +38,16 @@ class TinyWorldDataModule(TextToImageDataModule):
         world_seed: int = 0,
         seed: int = 0,
         num_val_samples: int = 512,
-        batch_size: int = 64,
+        batch_size: int | None = 64,
         num_workers: int = 0,
         caption_weights: CaptionWeights | None = None,
         shuffle: bool = True,
         drop_last: bool = True,
         verify: Verify = "sha256",
+        canvases: list[tuple[int, int]] | None = None,
+        task_weights: dict[str, float] | None = None,
+        token_budget: int | None = None,
+        balance: BalanceSettings | None = None,
     ) -> None:
         super().__init__(
             data_dir=data_dir,
@@ -48,7 +58,11 @@ class TinyWorldDataModule(TextToImageDataModule):
             shuffle=shuffle,
             drop_last=drop_last,
             verify=verify,
+            token_budget=token_budget,
+            balance=balance,
         )
+        self.canvases = canvases
+        self.task_weights = task_weights
         self.num_samples = num_samples
         self.world_seed = world_seed
         self.num_val_samples = num_val_samples
@@ -56,4 +70,11 @@ class TinyWorldDataModule(TextToImageDataModule):
     def prepare_data(self) -> None:
         from data_modules.tinyworld.prepare import prepare
 
-        prepare(self.data_dir, self.num_samples, self.world_seed, num_val_samples=self.num_val_samples)
+        prepare(
+            self.data_dir,
+            self.num_samples,
+            self.world_seed,
+            num_val_samples=self.num_val_samples,
+            canvases=self.canvases,
+            task_weights=self.task_weights,
+        )

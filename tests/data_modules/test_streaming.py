@@ -412,7 +412,7 @@ def test_captions_come_as_often_as_their_weights_say() -> None:
         ({"zh": {"long": 1.0}}, r"caption_weights.zh names the kind 'long': the data have short\."),
         ({"en": {"short": -1.0}}, r"caption_weights.en.short is -1.0: a weight is a number from 0 up\."),
         ({"en": {"short": float("nan")}}, r"caption_weights.en.short is nan"),
-        ({"en": {"short": 0.0}}, r"caption_weights gives no caption a weight above 0"),
+        ({"en": {"short": 0.0}, "fr": {"long": 0.0}}, r"caption_weights gives no caption a weight above 0"),
     ],
 )
 def test_wrong_caption_weights_are_named(noise_folder: Path, weights: dict[str, Any], message: str) -> None:

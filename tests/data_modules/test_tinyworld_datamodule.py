@@ -5,9 +5,11 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,12 +18,13 @@ import pytest
 import torch
 
 from data_modules import TinyWorldDataModule
+from data_modules.balancing import BalanceSettings, read_tags
 from data_modules.folder_lock import LOCK
 from data_modules.manifest import read_manifest
 from data_modules.tinyworld import prepare as preparation
 from data_modules.tinyworld.combinations import is_heldout
-from data_modules.tinyworld.prepare import prepare
-from data_modules.tinyworld.world import draw
+from data_modules.tinyworld.prepare import World, prepare, tags_of
+from data_modules.tinyworld.world import TASK_WEIGHTS, draw
 from zimage_lit.components import PatchPCACodec, Qwen3TextEncoder
 from zimage_lit.errors import UserError
 
@@ -108,7 +111,7 @@ def test_the_manifest_describes_the_folder(folder: Path) -> None:
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_any_number_of_workers_writes_the_same_bytes(folder: Path, tmp_path: Path, num_workers: int) -> None:
-    preparation._write_split(tmp_path / "train", "train", NUM_SAMPLES, SEED, num_workers)
+    preparation._write_split(tmp_path / "train", "train", NUM_SAMPLES, World(SEED), num_workers)
     assert content(tmp_path / "train") == content(folder / "train")
 
 
@@ -126,8 +129,95 @@ def test_preparing_changes_nothing_for_the_rest_of_the_program(tmp_path: Path) -
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(12345)
     before = state()
-    preparation._write_split(tmp_path / "train", "train", 3, SEED, num_workers=1)
+    preparation._write_split(tmp_path / "train", "train", 3, World(SEED), num_workers=1)
     assert state() == before
+
+
+def test_a_world_prepared_before_there_was_a_choice_is_still_the_default(folder: Path, tmp_path: Path) -> None:
+    """The hash of the default world, as it was then; the manifest then had no canvases and no shares of tasks."""
+    assert World().version == "418d670c8f56d965"
+    old = read_manifest(folder).settings
+    assert old["canvases"] is None and old["task_weights"] is None
+    explicit = data_module(folder, canvases=[[64, 64]], task_weights=dict(TASK_WEIGHTS))
+    explicit.prepare_data()  # the same, so nothing is refused
+
+
+CANVASES = [(64, 64), (96, 64), (64, 96), (96, 96)]
+TASKS_DRAWN = {"word": 3.0, "counting": 1.0}
+
+
+@pytest.fixture(scope="module")
+def many_sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sizes") / "data"
+    prepare(path, 200, SEED, num_workers=1, num_val_samples=8, canvases=CANVASES, task_weights=TASKS_DRAWN)
+    return path
+
+
+def test_pictures_of_several_sizes_are_mixed_in_a_batch(many_sizes: Path) -> None:
+    options = {"num_samples": 200, "num_val_samples": 8, "canvases": CANVASES, "task_weights": TASKS_DRAWN}
+    module = data_module(many_sizes, batch_size=50, **options)
+    module.prepare_data()
+    module.setup("fit")
+    shapes: Counter[tuple[int, int]] = Counter()
+    world = World(SEED, CANVASES, TASKS_DRAWN)
+    for batch in module.train_dataloader():
+        sizes = [(image.shape[2], image.shape[1]) for image in batch["images"]]
+        assert len(set(sizes)) > 1
+        shapes.update(sizes)
+        index = int(batch["ids"][0])
+        assert np.array_equal(batch["images"][0].permute(1, 2, 0).numpy(), world(index, "train").image)
+    assert set(shapes) == set(CANVASES) and min(shapes.values()) > 25
+    budgeted = data_module(many_sizes, **{**options, "batch_size": None, "token_budget": 1024})
+    budgeted.setup("fit")
+    assert sum(len(batch["ids"]) for batch in budgeted.train_dataloader()) == 200
+
+
+def test_planning_and_tags_say_what_was_drawn(many_sizes: Path) -> None:
+    planning, tags = np.load(many_sizes / "train/planning.npz"), read_tags(many_sizes / "train", 200)
+    world = World(SEED, CANVASES, TASKS_DRAWN)
+    concepts = read_manifest(many_sizes).settings["concepts"]
+    for index in range(0, 200, 7):
+        sample = world(index, "train")
+        assert (planning["height"][index], planning["width"][index]) == sample.image.shape[:2]
+        assert concepts[planning["concept"][index]] == sample.metadata["tag"]
+        start = tags.ends[index - 1] if index else 0
+        assert {tags.names[tag] for tag in tags.tags[start : tags.ends[index]]} == set(tags_of(sample))
+    tasks = Counter(concepts[number] for number in planning["concept"])
+    assert set(tasks) == {"word", "counting"} and 110 < tasks["word"] < 190
+
+
+def test_a_prior_over_concepts_decides_what_training_sees(many_sizes: Path) -> None:
+    options = {"num_samples": 200, "num_val_samples": 8, "canvases": CANVASES, "task_weights": TASKS_DRAWN}
+    seen = []
+    for prior in ({"word": 200.0}, {"counting": 200.0}):
+        module = data_module(many_sizes, balance=BalanceSettings(prior=prior), batch_size=10, **options)
+        module.setup("fit")
+        tasks = [metadata["tag"] for batch in module.train_dataloader() for metadata in batch["metadata"]]
+        seen.append(tasks.count("word") / len(tasks))
+    assert seen[0] > 0.8 and seen[1] < 0.4
+
+
+def test_codec_and_text_encoder_are_those_of_the_default_world(folder: Path, many_sizes: Path) -> None:
+    """So that a network that has learnt one world goes on in another."""
+    for part in ("codec/model.safetensors", "text_encoder/model.safetensors", "text_encoder/tokenizer.json"):
+        assert (folder / part).read_bytes() == (many_sizes / part).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"canvases": [[64, 40]]}, r"data.init_args.canvases: TinyWorld draws no picture of 64x40"),
+        ({"canvases": [[32, 64]]}, r"draws no picture of 32x64: its sides are multiples of 16 pixels, from 48 to 1024"),
+        ({"canvases": []}, r"canvases is \[\]: give a list of \[width, height\]"),
+        ({"canvases": [[64]]}, r"canvases is \[\[64\]\]: give a list"),
+        ({"task_weights": {"words": 1.0}}, r"task_weights.words is no task of TinyWorld: there are single_object"),
+        ({"task_weights": {"word": -1.0}}, r"task_weights.word is -1.0: a share is a number from 0 up"),
+        ({"task_weights": {"word": 0.0}}, r"task_weights gives no task a share above 0"),
+    ],
+)
+def test_worlds_that_cannot_be_drawn_are_refused(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        data_module(tmp_path / "data", **options).prepare_data()
 
 
 def test_a_finished_folder_is_left_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,11 +228,19 @@ def test_a_finished_folder_is_left_as_it_is(folder: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "stored"), [("num_samples", 91, 90), ("world_seed", 8, 7), ("num_val_samples", 3, 12)]
+    ("key", "value", "stored"),
+    [
+        ("num_samples", 91, 90),
+        ("world_seed", 8, 7),
+        ("num_val_samples", 3, 12),
+        ("canvases", [[96, 64]], None),
+        ("task_weights", {"word": 1.0}, None),
+    ],
 )
 def test_other_settings_are_refused_by_name(folder: Path, key: str, value: int, stored: int) -> None:
     with pytest.raises(
-        UserError, match=rf"prepared with {key}={stored} \(now {key}={value}\).*: set data.init_args.data_dir"
+        UserError,
+        match=rf"prepared with {key}={stored} \(now {key}={re.escape(str(value))}\).*: set data.init_args.data_dir",
     ):
         data_module(folder, **{key: value}).prepare_data()
 

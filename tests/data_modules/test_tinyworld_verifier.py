@@ -45,6 +45,13 @@ def codec_round_trip():
     return round_trip
 
 
+@pytest.fixture(scope="module", params=[(48, 48), (96, 64), (64, 96), (96, 96)], ids=str)
+def sized_samples(request):
+    """Of pictures of other sizes; fewer, to save time."""
+    splits = ("train", "heldout")
+    return [draw(i, 13, split, task, request.param) for task in TASKS for split in splits for i in range(25)]
+
+
 def accept_rates(samples, images):
     """Share of pictures judged to show their own caption, by task."""
     records = [judge(image, sample.metadata) for sample, image in zip(samples, images, strict=True)]
@@ -84,6 +91,28 @@ def test_real_pictures_are_judged_right(samples):
     rates = accept_rates(samples, [sample.image for sample in samples])
     assert np.mean(list(rates.values())) >= 0.995, rates
     assert min(rates.values()) >= 0.98, rates
+
+
+def test_real_pictures_of_any_size_are_judged_right(sized_samples):
+    rates = accept_rates(sized_samples, [sample.image for sample in sized_samples])
+    assert np.mean(list(rates.values())) >= 0.995, rates
+
+
+def test_a_contradicting_caption_is_refused_at_any_size(sized_samples):
+    accepted = asked = 0
+    for sample in sized_samples:
+        task = sample.metadata["tag"]
+        if task == "word":
+            other = next(text for text in HELDOUT_WORDS if text != sample.metadata["text"])
+            asked, accepted = asked + 1, accepted + judge(sample.image, {"tag": "word", "text": other})["correct"]
+            continue
+        detections = detect(sample.image)
+        for metadata in statements(task, "train")[::3] + statements(task, "heldout"):
+            if not is_true_of(sample, metadata):
+                asked += 1
+                accepted += evaluate(metadata, detections)["correct"]
+    assert asked > 3_000
+    assert accepted <= 0.02 * asked
 
 
 def test_detections_name_every_object_its_colour_and_its_place(samples):

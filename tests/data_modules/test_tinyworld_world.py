@@ -319,3 +319,58 @@ def test_the_package_imports_without_torch():
         "import data_modules, data_modules.tinyworld.world, sys; assert not {'torch', 'lightning'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=True)
+
+
+SIZES = [(48, 48), (96, 64), (64, 96), (96, 96), (80, 48), (256, 48)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_pictures_of_any_size_follow_the_same_rules(size):
+    """Four objects have their places, relations hold and no others do, words fit, nothing held out is drawn."""
+    width, height = size
+    counts, relations, lengths = set(), set(), set()
+    for task in TASKS:
+        for index in range(120):
+            sample = draw(index, 3, "train", task, size)
+            assert sample.image.shape == (height, width, 3) and not is_heldout(sample.metadata)
+            cells = [(x1 // CELL, y1 // CELL) for x1, y1, _, _ in (item.box for item in sample.objects)]
+            assert all(0 <= x < width // CELL and 0 <= y < height // CELL for x, y in cells)
+            assert len({(2 * CELL * x // width, 2 * CELL * y // height) for x, y in cells}) == len(cells)
+            assert all(max(abs(a - c), abs(b - d)) > 1 for (a, b), (c, d) in combinations(cells, 2))
+            if task == "position":
+                relation = sample.metadata["include"][1]["position"][0]
+                assert relative_position(sample.objects[1].box, sample.objects[0].box) == [relation]
+                relations.add(relation)
+            elif task == "counting":
+                counts.add(len(cells))
+            elif task == "word":
+                text = sample.metadata["text"]
+                lengths.add(len(text))
+                columns = np.flatnonzero((sample.image.max(axis=2) > 120).any(axis=0))
+                assert columns[-1] + 1 - columns[0] == 16 * len(text) - 4  # none of it is cut off
+    assert counts == {1, 2, 3, 4} and len(relations) == 4
+    assert lengths == {1, 2, 3, 4} if width >= 60 else {1, 2, 3}
+
+
+def test_the_same_picture_is_drawn_where_nothing_is_said_and_where_the_default_is():
+    for index in range(20):
+        same = draw(index, size=(IMAGE_SIZE, IMAGE_SIZE), task_weights=dict(TASK_WEIGHTS))
+        assert digest([draw(index)]) == digest([same])
+
+
+def test_narrow_prompts_ask_for_words_that_fit():
+    words = {width: [m["text"] for m in heldout_prompts(14, width=width) if m["tag"] == "word"] for width in (48, 64)}
+    assert max(map(len, words[48])) == 3 and max(map(len, words[64])) == 4
+    others = [[m for m in heldout_prompts(5, width=width) if m["tag"] != "word"] for width in (48, 64)]
+    assert others[0] == others[1]
+
+
+def test_tasks_come_in_other_shares_where_asked():
+    tasks = Counter(draw(i, task_weights={"word": 6.0, "colors": 2.0}).metadata["tag"] for i in range(800))
+    assert set(tasks) == {"word", "colors"} and abs(tasks["word"] - 600) < 5 * 600**0.5
+
+
+@pytest.mark.parametrize("size", [(64, 40), (32, 64), (64, 1040)])
+def test_sizes_that_cannot_be_drawn_are_refused_in_a_sentence(size):
+    with pytest.raises(ValueError, match=f"draws no picture of {size[0]}x{size[1]}: its sides are multiples of 16"):
+        draw(0, size=size)

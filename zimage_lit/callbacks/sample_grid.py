@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from PIL import Image
 
-from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures, joins_in_drawing
+from zimage_lit.callbacks.sampling import SamplingSettings, checked_sizes, draw_pictures, joins_in_drawing
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import write_atomically
 from zimage_lit.grids import encoded, labelled_grid
@@ -16,10 +17,17 @@ class SampleGrid(Callback):
     """Draws `prompts` every `every_n_steps`: one grid on disk (`samples/step-….png`), one image per prompt in MLflow.
 
     Keys (`samples/prompt_00` …) and steps are the same in every run, so two runs line up in the comparison view.
+
+    canvases: [width, height] in pixels, which the prompts take in turn; None: the size of `sampling` for all.
     """
 
     def __init__(
-        self, prompts: Sequence[str], every_n_steps: int = 1000, seed: int = 0, sampling: SamplingSettings | None = None
+        self,
+        prompts: Sequence[str],
+        every_n_steps: int = 1000,
+        seed: int = 0,
+        sampling: SamplingSettings | None = None,
+        canvases: list[tuple[int, int]] | None = None,
     ) -> None:
         if not prompts:
             raise UserError("SampleGrid: prompts is empty, give at least one prompt.")
@@ -27,6 +35,8 @@ class SampleGrid(Callback):
         self.every_n_steps = at_least_one("SampleGrid: every_n_steps", every_n_steps)
         self.seed = seed
         self.sampling = sampling or SamplingSettings()
+        sizes = checked_sizes("SampleGrid: canvases", canvases, self.sampling)
+        self.sizes = [sizes[place % len(sizes)] for place in range(len(self.prompts))]
         self._drawn_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,9 +56,11 @@ class SampleGrid(Callback):
             return
         self._drawn_step = step
         seeds = [self.seed + i for i in range(len(self.prompts))]
-        pictures = draw_pictures(trainer, pl_module, self.sampling, self.prompts, seeds)
-        if not trainer.is_global_zero:
-            return
+        pictures = draw_pictures(trainer, pl_module, self.sampling, self.prompts, seeds, self.sizes)
+        if trainer.is_global_zero:
+            self.write(trainer, pictures, step)
+
+    def write(self, trainer: Trainer, pictures: list[Image.Image], step: int) -> None:
         grid = encoded(labelled_grid(pictures, self.prompts), "PNG")
         write_atomically(Path(trainer.default_root_dir) / "samples" / f"step-{step:08d}.png", grid)
         for logger in trainer.loggers:

@@ -9,6 +9,7 @@ from lightning import LightningModule, Trainer
 from PIL import Image
 
 from zimage_lit.callbacks.ema import averaged_weights
+from zimage_lit.errors import UserError
 from zimage_lit.pipeline import ZImagePipeline
 from zimage_lit.sampling import check_guidance, check_schedule, check_solver
 from zimage_lit.strategies import FSDP2Strategy
@@ -35,6 +36,18 @@ class SamplingSettings:
         check_schedule(self.num_inference_steps, self.shift)
         check_solver(self.solver, self.eta)
         check_guidance(self.guidance_scale, cfg_start=self.cfg_start)
+
+
+def checked_sizes(
+    key: str, canvases: Sequence[Sequence[int]] | None, settings: SamplingSettings
+) -> list[tuple[int, int]]:
+    """The (width, height) in pixels that the setting `key` names; None: that of `settings`. UserError for others."""
+    if canvases is None:
+        return [(settings.width, settings.height)]
+    sizes = [tuple(size) for size in canvases]
+    if not sizes or any(len(size) != 2 or min(size) < 1 for size in sizes):
+        raise UserError(f"{key} is {canvases}: give a list of [width, height] in pixels, or null.")
+    return sizes  # type: ignore[return-value]
 
 
 def stage_pipeline(pl_module: Any, settings: SamplingSettings) -> ZImagePipeline:
@@ -67,13 +80,30 @@ def draw_pictures(
     settings: SamplingSettings,
     prompts: Sequence[str],
     seeds: Sequence[int],
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> list[Image.Image]:
-    """One picture per prompt with the averaged weights, in the precision of the training."""
+    """One picture per prompt with the averaged weights, in the precision of the training.
+
+    sizes: (width, height) of each picture in pixels; None: those of `settings`. Call it on every process of a run:
+    where each holds a part of the weights, none can draw alone.
+    """
     was_training = pl_module.training
     pl_module.eval()
     try:
         with averaged_weights(trainer, pl_module), trainer.precision_plugin.forward_context():
             pipeline = stage_pipeline(pl_module, settings)
-            return pipeline(list(prompts), seed=list(seeds), batch_size=settings.batch_size)
+            sizes = sizes or [(settings.width, settings.height)] * len(prompts)
+            drawn: dict[int, Image.Image] = {}
+            for width, height in dict.fromkeys(sizes):
+                places = [place for place, size in enumerate(sizes) if size == (width, height)]
+                pictures = pipeline(
+                    [prompts[place] for place in places],
+                    height=height,
+                    width=width,
+                    seed=[seeds[place] for place in places],
+                    batch_size=settings.batch_size,
+                )
+                drawn.update(zip(places, pictures, strict=True))
+            return [drawn[place] for place in range(len(prompts))]
     finally:
         pl_module.train(was_training)

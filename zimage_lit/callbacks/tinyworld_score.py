@@ -10,8 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from data_modules.tinyworld.captions import LANGUAGES
+from data_modules.tinyworld.combinations import Metadata
+from data_modules.tinyworld.prepare import checked_canvases
 from data_modules.tinyworld.verifier import judge
-from data_modules.tinyworld.world import heldout_prompts
+from data_modules.tinyworld.world import Size, heldout_prompts
 from evaluation.benchmarks import geneval
 from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures, joins_in_drawing
 from zimage_lit.errors import UserError, at_least_one
@@ -21,11 +23,15 @@ from zimage_lit.files import write_atomically
 class TinyWorldScore(Callback):
     """Scores the averaged weights before the first step and after the last one (and in between if asked).
 
-    prompts_per_task: pictures of each of the seven tasks, one a prompt.   seed: of the prompts' choice and the noise.
-    every_n_steps: also score at these steps; None for start and end alone.   language: of the prompts, en or zh.
+    prompts_per_task: pictures of each of the seven tasks, one a prompt, at each canvas.
+    seed: of the prompts' choice and the noise.   every_n_steps: also score at these steps; None for start and end
+    alone.   language: of the prompts, en or zh.
+    canvases: [width, height] of the pictures in pixels; None: the size of `sampling` alone.
+    at_start: whether untrained weights are scored too, or those that the run begins from.
 
     Writes `scores/step-….json` and logs `tinyworld/overall`, `tinyworld/<task>`, `tinyworld/word` and a table with one
-    row a prompt. The overall score is GenEval's: the unweighted mean of its six tasks; words are apart.
+    row a prompt; with several canvases also `tinyworld/overall_<width>x<height>`. The overall score is GenEval's: the
+    unweighted mean of its six tasks; words are apart.
     """
 
     def __init__(
@@ -35,21 +41,32 @@ class TinyWorldScore(Callback):
         every_n_steps: int | None = None,
         language: str = "en",
         sampling: SamplingSettings | None = None,
+        canvases: list[tuple[int, int]] | None = None,
+        at_start: bool = True,
     ) -> None:
         if language not in LANGUAGES:
             raise UserError(f"TinyWorldScore: language must be {' or '.join(LANGUAGES)}, not {language}.")
-        self.prompts = heldout_prompts(
-            at_least_one("TinyWorldScore: prompts_per_task", prompts_per_task), seed, language
+        at_least_one("TinyWorldScore: prompts_per_task", prompts_per_task)
+        self.sampling = sampling or SamplingSettings()
+        self.canvases = checked_canvases(
+            "TinyWorldScore: canvases",
+            [(self.sampling.width, self.sampling.height)] if canvases is None else canvases,
         )
+        self.prompts: list[Metadata] = []
+        self.sizes: list[Size] = []  # of each prompt's picture
+        for size in self.canvases:
+            at_this_size = heldout_prompts(prompts_per_task, seed, language, size[0])
+            self.prompts += at_this_size
+            self.sizes += [size] * len(at_this_size)
         self.seed = seed
+        self.at_start = at_start
         if every_n_steps is not None:
             at_least_one("TinyWorldScore: every_n_steps", every_n_steps)
         self.every_n_steps = every_n_steps
-        self.sampling = sampling or SamplingSettings()
         self.history: list[dict[str, Any]] = []  # one summary a scoring: step, overall, tasks, word
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 0:
+        if trainer.global_step == 0 and self.at_start:
             self.score(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -65,18 +82,40 @@ class TinyWorldScore(Callback):
             return
         texts = [metadata["prompt"] for metadata in self.prompts]
         seeds = [self.seed + place for place in range(len(texts))]
-        pictures = draw_pictures(trainer, pl_module, self.sampling, texts, seeds)
+        pictures = draw_pictures(trainer, pl_module, self.sampling, texts, seeds, self.sizes)
         records = [
             judge(np.asarray(picture), metadata) for picture, metadata in zip(pictures, self.prompts, strict=True)
         ]
         summary, verdicts = summarise(records, step)
+        if len(self.canvases) > 1:
+            summary["canvases"] = {named(size): self.summary_at(size, records, step) for size in self.canvases}
         self.history.append(summary)
-        if not trainer.is_global_zero:
-            return
-        judged = {**summary, "records": [{**r, **v} for r, v in zip(records, verdicts, strict=True)]}
-        path = Path(trainer.default_root_dir) / "scores" / f"step-{step:08d}.json"
+        if trainer.is_global_zero:
+            self.write(trainer, summary, records, verdicts)
+            self.log_summary(trainer, summary, verdicts, pictures)
+
+    def summary_at(self, size: Size, records: list[dict[str, Any]], step: int) -> dict[str, Any]:
+        """The overall score and the tasks of the pictures of one size."""
+        chosen = [record for record, own in zip(records, self.sizes, strict=True) if own == size]
+        summary, _ = summarise(chosen, step)
+        return {"overall": summary["overall"], "tasks": summary["tasks"]}
+
+    def write(
+        self,
+        trainer: Trainer,
+        summary: dict[str, Any],
+        records: list[dict[str, Any]],
+        verdicts: list[dict[str, Any]],
+    ) -> None:
+        judged = {
+            **summary,
+            "records": [
+                {**record, **verdict, "canvas": named(size)}
+                for record, verdict, size in zip(records, verdicts, self.sizes, strict=True)
+            ],
+        }
+        path = Path(trainer.default_root_dir) / "scores" / f"step-{summary['step']:08d}.json"
         write_atomically(path, json.dumps(judged, indent=1) + "\n")
-        self.log_summary(trainer, summary, verdicts, pictures)
 
     def log_summary(
         self, trainer: Trainer, summary: dict[str, Any], verdicts: list[dict[str, Any]], pictures: list[Image.Image]
@@ -84,6 +123,10 @@ class TinyWorldScore(Callback):
         step = summary["step"]
         metrics = {"tinyworld/overall": summary["overall"]["accuracy"]}
         metrics |= {f"tinyworld/{task}": score["accuracy"] for task, score in summary["tasks"].items()}
+        metrics |= {
+            f"tinyworld/overall_{canvas}": score["overall"]["accuracy"]
+            for canvas, score in summary.get("canvases", {}).items()
+        }
         table = {
             "prompt": [metadata["prompt"] for metadata in self.prompts],
             "correct": [int(verdict["correct"]) for verdict in verdicts],
@@ -103,6 +146,11 @@ class TinyWorldScore(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = list(state_dict["history"])
+
+
+def named(size: Size) -> str:
+    """96x64 for a picture of 96 by 64 pixels."""
+    return f"{size[0]}x{size[1]}"
 
 
 def summarise(records: list[dict[str, Any]], step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -60,6 +60,10 @@ class TimestepLaw:
     mean: float = 0.0  # of logit(sigma), logit_normal only; positive = more noise
     std: float = 1.0  # of logit(sigma), logit_normal only
     shift: float | Literal["resolution"] = 1.0  # 1 = none, > 1 = more noise, "resolution" = by image tokens
+    base_tokens: int = 256  # shift=resolution: image tokens of a small picture
+    base_shift: float = 0.5  # shift=resolution: natural logarithm of the shift there
+    max_tokens: int = 4096  # shift=resolution: image tokens of a large picture
+    max_shift: float = 1.15  # shift=resolution: natural logarithm of the shift there
 
     def __post_init__(self) -> None:
         if self.name not in ("logit_normal", "uniform"):
@@ -73,13 +77,24 @@ class TimestepLaw:
                 )
         elif not (self.shift > 0 and math.isfinite(self.shift)):
             raise ValueError(f"The timestep law's shift must be a positive number or 'resolution', not {self.shift}.")
+        if not 0 < self.base_tokens < self.max_tokens:
+            raise ValueError(
+                f"The timestep law's base_tokens must be positive and below max_tokens, not {self.base_tokens} and "
+                f"{self.max_tokens}."
+            )
+        if not (math.isfinite(self.base_shift) and math.isfinite(self.max_shift)):
+            raise ValueError(
+                "The timestep law's base_shift and max_shift must be finite, not "
+                f"{self.base_shift} and {self.max_shift}."
+            )
 
     def sample(self, num_tokens: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """One t for each sample, (B,) float32 on the generator's device; ``num_tokens``: each sample's image tokens."""
         n = len(num_tokens)
         t = uniform(n, generator) if self.name == "uniform" else logit_normal(n, self.mean, self.std, generator)
         if self.shift == "resolution":
-            return shift(t, resolution_shift(num_tokens).to(t.device))
+            line = self.base_tokens, self.max_tokens, self.base_shift, self.max_shift
+            return shift(t, resolution_shift(num_tokens, *line).to(t.device))
         return shift(t, float(self.shift))
 
 

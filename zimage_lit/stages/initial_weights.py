@@ -12,6 +12,7 @@ import torch
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig
 from zimage_lit.backbone.checkpoints import read_config, stored_weights
+from zimage_lit.backbone.config import PRESETS
 from zimage_lit.backbone.parallelize import fill, fill_fresh
 from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError
@@ -27,7 +28,8 @@ def backbone_config(settings: str | dict[str, Any]) -> S3DiTConfig:
     Raises UserError for an unknown preset or size, a folder without a backbone, and a mapping without `preset`.
     """
     if isinstance(settings, str):
-        return read_config(settings) if Path(settings).is_dir() else S3DiTConfig.preset(settings)
+        is_folder = settings not in PRESETS and Path(settings).is_dir()  # a folder called tiny is ./tiny
+        return read_config(settings) if is_folder else S3DiTConfig.preset(settings)
     key = "model.init_args.backbone"
     changes = dict(settings)
     if "preset" not in changes:

@@ -1,0 +1,164 @@
+"""The experiments at full size: the real network on the meta device, and a small twin through the whole code path."""
+
+import json
+import multiprocessing
+import os
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from data_modules.preparation import PrepareSettings, prepare
+from zimage_lit import cli
+from zimage_lit.backbone import S3DiT
+from zimage_lit.components import FluxVAECodec, build_tiny_qwen3
+from zimage_lit.config import compose, list_experiments
+from zimage_lit.pipeline import ZImagePipeline
+from zimage_lit.stages.initial_weights import backbone_config
+
+NAMES = [name for name in list_experiments() if name.startswith("z-image-6b/")]
+CHAIN = ["low-res", "omni", "sft"]  # each begins where the one before it ended
+KINDS = ("long", "medium", "short", "user", "metadata", "enhanced")
+
+# Two blocks; all that is not a size is as in the real one.
+SMALL_BACKBONE = {
+    "preset": "z-image-6b", "dim": 96, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+    "cap_feat_dim": 64, "axes_dims": [16, 16, 16],
+}  # fmt: skip
+SMALL = [
+    f"model.init_args.backbone={json.dumps(SMALL_BACKBONE)}",
+    "trainer.accelerator=cpu",
+    "trainer.devices=1",
+    "trainer.max_steps=2",
+    "trainer.logger=false",
+    "trainer.enable_progress_bar=false",
+    "trainer.callbacks.samples.init_args.prompts=[a boat]",
+    "trainer.callbacks.samples.init_args.sampling={height: 32, width: 48, num_inference_steps: 1}",
+    "data.init_args.data_dir=data/pictures",
+    "data.init_args.token_budget=1024",
+    "data.init_args.num_workers=0",
+]
+COMPILED = "model.init_args.parallelize.compile_backend=eager"  # inductor takes a minute
+NOT_COMPILED = "model.init_args.parallelize.compile=false"  # one of them is enough
+OWN = {
+    "low-res": [COMPILED, "data.init_args.sizes.resolution=64"],
+    "omni": [NOT_COMPILED, "data.init_args.sizes.max_resolution=128"],
+    "sft": [NOT_COMPILED, "data.init_args.sizes.max_resolution=128", "data.init_args.balance.min_samples=2"],
+    "finetune": [NOT_COMPILED, "data.init_args.sizes.resolution=96"],
+    "lora": [NOT_COMPILED, "data.init_args.sizes.resolution=64"],
+}
+
+
+def test_every_experiment_at_full_size_is_tried_here() -> None:
+    assert {name.rpartition("/")[2] for name in NAMES} == set(OWN)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_network_is_the_published_one(name: str) -> None:
+    config = compose(name, ["data.init_args.data_dir=data"])
+    with torch.device("meta"):
+        backbone = S3DiT(backbone_config(config["model"]["init_args"]["backbone"]))
+    assert sum(parameter.numel() for parameter in backbone.parameters()) == 6_154_908_736
+    assert len(backbone.state_dict()) == 521
+
+
+def test_each_stage_begins_where_the_one_before_it_ended() -> None:
+    for before, name in pairwise(CHAIN):
+        earlier, later = (compose(f"z-image-6b/{stage}", ["data.init_args.data_dir=data"]) for stage in (before, name))
+        assert later["model"]["init_args"]["init_from"] == f"{earlier['run']['output_dir']}/checkpoints/last.ckpt"
+
+
+def small_autoencoder(folder: Path) -> FluxVAECodec:
+    """Random weights in the Flux VAE's shape: 16 channels, 8 pixels a latent."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        autoencoder: Any = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=4,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+        )
+    autoencoder.save_pretrained(folder)
+    return FluxVAECodec(folder)
+
+
+def write_pictures(folder: Path) -> None:
+    """Sixteen, of many sizes, with captions of every level in two languages."""
+    folder.mkdir()
+    for index in range(16):
+        dice = np.random.default_rng(index)
+        width, height = dice.integers(64, 200, 2)
+        Image.fromarray(dice.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{index:02d}.png")
+        english = {kind: f"a {kind} harbour with {index} boats" for kind in KINDS} | {"tags": "harbour, boats"}
+        chinese = dict.fromkeys(KINDS, f"港口 {index}") | {"tags": "港口"}
+        (folder / f"{index:02d}.json").write_text(json.dumps({"captions": {"en": english, "zh": chinese}}))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """models/z-image, the published layout of small parts, and data/pictures."""
+    folder = tmp_path_factory.mktemp("workplace")
+    write_pictures(folder / "pictures")
+    prepare(PrepareSettings(str(folder / "pictures"), str(folder / "data/pictures"), min_side=32, num_workers=1))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        ZImagePipeline(
+            S3DiT(backbone_config(dict(SMALL_BACKBONE))),
+            build_tiny_qwen3(folder / "text", ["a harbour with boats"], hidden_size=64),
+            small_autoencoder(folder / "vae"),
+        ).save_pretrained(folder / "models/z-image")
+    return folder
+
+
+def run(folder: Path, stage: str) -> int | None:
+    """`lightning run z-image-6b/STAGE` in a process of its own, for it may set up communication."""
+
+    def child() -> None:
+        os.chdir(folder)
+        torch.set_num_threads(1)
+        os._exit(cli.main(["run", f"z-image-6b/{stage}", *SMALL, *OWN[stage]]))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def check_finished(folder: Path, stage: str) -> None:
+    output = folder / "outputs/z-image-6b" / stage
+    assert json.loads((output / "run.json").read_text()) == {"status": "finished", "step": 2}
+    assert Image.open(output / "samples/step-00000002.png").size > (1, 1)
+    assert (output / "checkpoints/last.ckpt").exists()
+
+
+def test_a_small_twin_goes_through_the_curriculum(workplace: Path) -> None:
+    for stage in CHAIN:
+        assert run(workplace, stage) == 0
+        check_finished(workplace, stage)
+
+
+@pytest.mark.parametrize("stage", ["finetune", "lora"])
+def test_a_small_twin_is_fine_tuned(workplace: Path, stage: str) -> None:
+    assert run(workplace, stage) == 0
+    check_finished(workplace, stage)
+
+
+def test_a_stage_without_the_one_before_it_says_which_file_is_missing(
+    workplace: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    for part in ("models", "data"):
+        shutil.copytree(workplace / part, tmp_path / part)
+    assert run(tmp_path, "sft") not in (0, None)
+    assert "outputs/z-image-6b/omni/checkpoints/last.ckpt" in capfd.readouterr().err
