@@ -46,6 +46,7 @@ def test_arms_are_run_once_with_equal_compute_and_end_in_tables(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["curriculum.py", *SMALL])
     monkeypatch.setattr(cli, "TASKS", {name: task for name, task in cli.TASKS.items() if name != "merge"})
+    monkeypatch.setattr(benchmark, "ARMS", benchmark.ARMS[:5])  # without the variants to be merged
     benchmark.main()
     (seed,) = json.loads((tmp_path / "outputs/curriculum/curriculum.json").read_text())
     arms = {row["arm"]: row for row in seed["arms"]}
@@ -55,8 +56,6 @@ def test_arms_are_run_once_with_equal_compute_and_end_in_tables(
         assert abs(arms[stage]["flops"] - arms[control]["flops"]) <= step / 2
     assert arms["low-res-longer"]["steps"] > arms["omni"]["steps"]  # its steps are smaller
     assert [(row["stage"], row["control"]) for row in seed["differences"]] == list(benchmark.QUESTIONS)
-    data = {path.name for path in (tmp_path / "data").iterdir()}
-    assert data == {"tinyworld-low-res", "tinyworld-omni", "tinyworld-sft"}
     capsys.readouterr()
     benchmark.main()
     assert capsys.readouterr().out.count("is finished") == len(benchmark.ARMS)
@@ -74,7 +73,7 @@ def test_the_control_differs_in_its_data_alone(benchmark: ModuleType) -> None:
         )
         assert one["data"] != other["data"]
         for config in (one, other):
-            del config["data"], config["run"]
+            del config["data"], config["run"], config["trainer"]["logger"]
             for part in ("codec", "text_encoder"):  # where the same part lies
                 assert config["model"]["init_args"][part]["init_args"].pop("folder").startswith("data/tinyworld-")
         assert one == other

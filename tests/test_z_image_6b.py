@@ -155,6 +155,12 @@ def test_a_small_twin_is_fine_tuned(workplace: Path, stage: str) -> None:
     check_finished(workplace, stage)
 
 
+def test_a_lora_is_handed_out_for_others_tools(workplace: Path) -> None:
+    assert run(workplace, "lora") == 0  # or is finished already
+    files = {path.name for path in (workplace / "outputs/z-image-6b/lora/lora").glob("*.safetensors")}
+    assert files == {"diffusers.safetensors", "comfyui.safetensors"}
+
+
 def test_a_stage_without_the_one_before_it_says_which_file_is_missing(
     workplace: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
