@@ -9,10 +9,13 @@ from lightning import Callback, Trainer
 from torch import Tensor
 
 from zimage_lit.errors import UserError
+from zimage_lit.lora import kept_weights
 
 
 class EMA(Callback):
     """average <- average + (1 - d) * (weights - average) after every optimiser step; kept in the checkpoint.
+
+    Of a LoRA, the adapters alone are averaged.
 
     `pl_module` is any LightningModule with a `backbone`.
 
@@ -29,7 +32,7 @@ class EMA(Callback):
         self._last_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        weights = pl_module.backbone.state_dict()
+        weights = kept_weights(pl_module.backbone)
         if not self.average:
             self.average = {name: weight.detach().clone() for name, weight in weights.items()}
         self.average = {name: self.average[name].to(weight.device) for name, weight in weights.items()}
@@ -42,18 +45,18 @@ class EMA(Callback):
         self._last_step = trainer.global_step
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-        weights = pl_module.backbone.state_dict()
+        weights = kept_weights(pl_module.backbone)
         torch._foreach_lerp_([self.average[name] for name in weights], list(weights.values()), 1 - decay)
 
     @contextmanager
     def applied(self, pl_module: Any) -> Iterator[None]:
         """Inside, the backbone holds the averaged weights; the trained ones come back afterwards."""
-        trained = {name: weight.clone() for name, weight in pl_module.backbone.state_dict().items()}
-        pl_module.backbone.load_state_dict(self.average)
+        trained = {name: weight.clone() for name, weight in kept_weights(pl_module.backbone).items()}
+        pl_module.backbone.load_state_dict(self.average, strict=False)
         try:
             yield
         finally:
-            pl_module.backbone.load_state_dict(trained)
+            pl_module.backbone.load_state_dict(trained, strict=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": self.average}

@@ -11,6 +11,14 @@ from torch import Tensor
 from zimage_lit.backbone import S3DiT
 from zimage_lit.components import LatentCodec, TextEncoder
 from zimage_lit.errors import UserError
+from zimage_lit.lora import (
+    LoRASettings,
+    apply_lora,
+    base_fingerprint,
+    check_adapter_types,
+    is_adapter,
+    type_of_base,
+)
 from zimage_lit.objectives import flow_matching
 from zimage_lit.objectives.timesteps import TimestepLaw
 from zimage_lit.rng import generator
@@ -26,6 +34,8 @@ class FlowMatchingModule(LightningModule):
     optimizer, timesteps: None for their defaults.
     init_from: a checkpoint, an exported folder or `run:<mlflow run id>` to start from.
     caption_dropout: share of captions replaced by the empty one, so that guidance has an unconditional branch.
+    lora: None trains all weights. With LoRA the others are frozen and not in the checkpoints, so `init_from` must stay
+        where it is as long as the run is continued or drawn from.
     """
 
     def __init__(
@@ -38,6 +48,7 @@ class FlowMatchingModule(LightningModule):
         caption_dropout: float = 0.1,
         seed: int = 0,
         init_from: str | None = None,
+        lora: LoRASettings | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout <= 1:
@@ -50,14 +61,32 @@ class FlowMatchingModule(LightningModule):
         self.caption_dropout = caption_dropout
         self.seed = seed
         self.init_from = init_from
+        self.lora = lora
+        self.lora_base: str | None = None  # fingerprint of the frozen weights
+        self.strict_loading = lora is None  # check_continues has compared the names
         self.backbone: S3DiT = None  # type: ignore[assignment]  # configure_model makes it, on the trainer's terms
 
     def configure_model(self) -> None:
         if self.backbone is None:
             stores = [logger.tracking_uri for logger in self.loggers if hasattr(logger, "tracking_uri")]
-            self.backbone = build_backbone(self.config, self.init_from, self.seed, next(iter(stores), None))
+            with type_of_base(self.lora):
+                self.backbone = build_backbone(self.config, self.init_from, self.seed, next(iter(stores), None))
+            if self.lora:
+                self.lora_base = base_fingerprint(self.backbone)
+                apply_lora(self.backbone, self.lora, self.seed)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.lora:
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: weight for name, weight in weights.items() if is_adapter(name)}
+            checkpoint["lora_base"] = self.lora_base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("lora_base", self.lora_base) != self.lora_base:
+            raise UserError(
+                f"the checkpoint to continue from holds adapters of other frozen weights than those of init_from="
+                f"{self.init_from}: put these back, or name them."
+            )
         check_continues(checkpoint, self.backbone, self.optimizer_settings.name)
 
     def setup(self, stage: str) -> None:
@@ -66,7 +95,10 @@ class FlowMatchingModule(LightningModule):
         self.codec.to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self.losses(batch, "train", self.trainer.fit_loop.epoch_loop.total_batch_idx).mean()
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        if self.lora and self.lora.dropout:  # alone in drawing from the global generator
+            torch.manual_seed(generator(self.seed, "train/lora_dropout", step, self.global_rank).initial_seed())
+        loss = self.losses(batch, "train", step).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["captions"]))
         return loss
 
@@ -143,6 +175,8 @@ class FlowMatchingModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         total_steps = self.total_steps()
+        if self.lora:
+            check_adapter_types(self.backbone)
         optimizer = build_optimizer(self.backbone, self.optimizer_settings)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, total_steps, self.optimizer_settings)

@@ -14,6 +14,7 @@ from zimage_lit.backbone import S3DiT, S3DiTConfig
 from zimage_lit.backbone.checkpoints import read_config
 from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError
+from zimage_lit.lora import is_adapter, kept_weights
 
 PREFIX = "backbone."  # of the backbone's tensors in a checkpoint
 
@@ -74,11 +75,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer_name: str) -> None:
     """Raise UserError where a run of this backbone and optimiser cannot go on from the checkpoint."""
     weights = {name: w for name, w in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
-    wrong = misfits({f"{PREFIX}{name}": weight for name, weight in backbone.state_dict().items()}, weights)
-    if wrong:
+    expected = {f"{PREFIX}{name}": weight for name, weight in kept_weights(backbone).items()}
+    lora = any(is_adapter(name) for name in weights)
+    if lora != any(is_adapter(name) for name in expected):
+        raise UserError(
+            f"the checkpoint to continue from was trained {'with' if lora else 'without'} model.init_args.lora: set "
+            "that back, or name another checkpoint."
+        )
+    if wrong := misfits(expected, weights):
+        settings = "model.init_args.lora as it was there" if lora else "model.init_args.backbone to its sizes"
         raise UserError(
             f"the checkpoint to continue from is of another backbone: {len(wrong)} tensors do not fit, the first is "
-            f"{wrong[0]}; set model.init_args.backbone to its sizes, or name another checkpoint."
+            f"{wrong[0]}; set {settings}, or name another checkpoint."
         )
     for state in checkpoint.get("optimizer_states", ()):
         found = "muon" if "pair" in state else "adamw"
@@ -112,6 +120,11 @@ def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _from_checkpoint(config: S3DiTConfig, path: Path) -> S3DiT:
     weights = checkpoint_weights(path)
+    if any(is_adapter(name) for name in weights):
+        raise UserError(
+            f"init_from={path}: it holds a LoRA without its base; make one folder of both by `lightning run export` "
+            "and name that."
+        )
     with torch.device("meta"):
         backbone = S3DiT(config)
     if wrong := misfits(backbone.state_dict(), weights):
