@@ -1,8 +1,10 @@
 """LoRA: adapters in a backbone, in files of two dialects, in diffusers' own loader, and in a training run."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from diffusers import ZImagePipeline as DiffusersPipeline
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig, checkpoints
+from zimage_lit.callbacks.ema import EMA, averaged_weights
 from zimage_lit.errors import UserError
 from zimage_lit.lora import (
     Adapters,
@@ -22,8 +25,12 @@ from zimage_lit.lora import (
     kept_weights,
     plain_weights,
     read_lora,
+    reset_adapters,
     write_lora,
 )
+from zimage_lit.stages import FlowMatchingModule
+from zimage_lit.stages.initial_weights import build_backbone
+from zimage_lit.stages.optimizers import OptimizerSettings
 
 SIZES: dict[str, Any] = {
     "dim": 64, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 4, "n_kv_heads": 4, "cap_feat_dim": 48,
@@ -150,8 +157,6 @@ def test_adapters_are_float32_on_a_half_base_and_depend_on_the_seed_alone() -> N
 
 
 def test_adapters_on_the_meta_device_get_their_values_later() -> None:
-    from zimage_lit.lora import reset_adapters
-
     with torch.device("meta"):
         model = apply_lora(S3DiT(S3DiTConfig(**SIZES)), CHOICES["dora"])
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
@@ -319,3 +324,87 @@ def test_files_that_cannot_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no LoRA"):
         read_lora(tmp_path / "empty.safetensors", S3DiTConfig(**SIZES))
     assert [file.name for file in tmp_path.iterdir()] == ["empty.safetensors"]
+
+
+# --- in training -----------------------------------------------------------------------------------------------------
+
+
+def stage(lora: LoRASettings | None, init_from: str | None = None, dim: int = 64) -> FlowMatchingModule:
+    """Learns from latents and features that are there already, so that it needs neither codec nor text encoder."""
+    part: Any = SimpleNamespace(to=lambda device: None)
+    return FlowMatchingModule(
+        part,
+        part,
+        backbone={"preset": "tiny", **SIZES, "dim": dim, "axes_lens": [1536, 64, 64]},
+        optimizer=OptimizerSettings(lr=1e-2),
+        caption_dropout=0.0,
+        init_from=init_from,
+        lora=lora,
+    )
+
+
+def fit(module: FlowMatchingModule, steps: int = 3, resume: Path | None = None, **settings: Any) -> lightning.Trainer:
+    trainer = lightning.Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **settings,
+    )  # fmt: skip
+    latents, _, captions = batch()
+    data = [{"image_latents": latents, "caption_features": captions, "captions": ["a", "b"]}] * steps
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None), ckpt_path=resume)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("start") / "backbone"
+    base(axes_lens=[1536, 64, 64], pad_multiple=4, rope_theta=2.0).save_pretrained(folder)
+    return folder
+
+
+def test_a_run_trains_averages_and_keeps_the_adapters_alone(start: Path, tmp_path: Path) -> None:
+    module, ema = stage(LoRASettings(rank=2, base_dtype="bfloat16"), str(start)), EMA(decay=0.5)
+    trainer = fit(module, precision="bf16-mixed", callbacks=[ema])
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    adapters = {f"backbone.{name}" for name in kept_weights(module.backbone)}
+    assert saved["state_dict"].keys() == adapters and len(adapters) == 28
+    assert {f"backbone.{name}" for name in saved["callbacks"]["EMA"]["average"]} == adapters
+    assert all(".lora_" in name for name in adapters)
+    assert all(w.dtype == torch.float32 and w.any() for w in saved["state_dict"].values())
+    frozen = {name: p for name, p in module.backbone.named_parameters() if not p.requires_grad}
+    original = S3DiT.from_pretrained(start).state_dict()
+    assert len(frozen) == len(original)
+    for name, parameter in frozen.items():
+        assert torch.equal(parameter, original[name.replace(".base_layer.", ".")].bfloat16())
+    trained = {name: weight.clone() for name, weight in kept_weights(module.backbone).items()}
+    with averaged_weights(trainer, module):
+        assert all(torch.equal(ema.average[n], w) for n, w in kept_weights(module.backbone).items())
+    for name, weight in kept_weights(module.backbone).items():
+        assert torch.equal(weight, trained[name]) and not torch.equal(weight, ema.average[name])
+
+
+def test_a_checkpoint_that_does_not_belong_to_the_run_is_named(start: Path, tmp_path: Path) -> None:
+    settings = LoRASettings(rank=2)
+    fit(stage(settings, str(start))).save_checkpoint(tmp_path / "lora.ckpt")
+    fit(stage(None, str(start))).save_checkpoint(tmp_path / "full.ckpt")
+    other = tmp_path / "other"
+    fill(model := S3DiT.from_pretrained(start), seed=9)
+    model.save_pretrained(other)
+
+    def refused(module: FlowMatchingModule, checkpoint: str, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            fit(module, steps=5, resume=tmp_path / checkpoint)
+
+    refused(
+        stage(settings, str(other)), "lora.ckpt", "adapters of other frozen weights than those of init_from=.*other"
+    )
+    refused(stage(None, str(start)), "lora.ckpt", r"was trained with model\.init_args\.lora")
+    refused(stage(settings, str(start)), "full.ckpt", r"was trained without model\.init_args\.lora")
+    refused(stage(LoRASettings(rank=3), str(start)), "lora.ckpt", r"28 tensors do not fit.*model\.init_args\.lora as")
+    with pytest.raises(UserError, match=r"holds a LoRA without its base.*lightning run export"):
+        build_backbone(model.config, str(tmp_path / "lora.ckpt"), 0)
+
+
+def test_adapters_in_half_are_refused(start: Path) -> None:
+    with pytest.raises(UserError, match="trainer.precision to bf16-mixed or 32-true"):
+        fit(stage(LoRASettings(rank=2), str(start)), precision="bf16-true")

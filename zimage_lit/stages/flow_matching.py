@@ -82,7 +82,7 @@ class FlowMatchingModule(LightningModule):
             checkpoint["lora_base"] = self.lora_base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if checkpoint.get("lora_base", self.lora_base) != self.lora_base:
+        if self.lora and checkpoint.get("lora_base", self.lora_base) != self.lora_base:
             raise UserError(
                 f"the checkpoint to continue from holds adapters of other frozen weights than those of init_from="
                 f"{self.init_from}: put these back, or name them."
