@@ -395,9 +395,7 @@ def test_a_checkpoint_that_does_not_belong_to_the_run_is_named(start: Path, tmp_
         with pytest.raises(UserError, match=message):
             fit(module, steps=5, resume=tmp_path / checkpoint)
 
-    refused(
-        stage(settings, str(other)), "lora.ckpt", "adapters of other frozen weights than those of init_from=.*other"
-    )
+    refused(stage(settings, str(other)), "lora.ckpt", "adapters of other frozen weights than .*other:")
     refused(stage(None, str(start)), "lora.ckpt", r"was trained with model\.init_args\.lora")
     refused(stage(settings, str(start)), "full.ckpt", r"was trained without model\.init_args\.lora")
     refused(stage(LoRASettings(rank=3), str(start)), "lora.ckpt", r"28 tensors do not fit.*model\.init_args\.lora as")
@@ -406,5 +404,5 @@ def test_a_checkpoint_that_does_not_belong_to_the_run_is_named(start: Path, tmp_
 
 
 def test_adapters_in_half_are_refused(start: Path) -> None:
-    with pytest.raises(UserError, match="trainer.precision to bf16-mixed or 32-true"):
+    with pytest.raises(UserError, match=r"trainer\.precision to bf16-mixed or 32-true"):
         fit(stage(LoRASettings(rank=2), str(start)), precision="bf16-true")

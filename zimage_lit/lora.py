@@ -25,6 +25,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig
 from zimage_lit.backbone.checkpoints import Piece, comfyui_name, first_few, fresh_beside, read_tensors, write_tensors
@@ -186,12 +187,12 @@ def lora_layers(backbone: nn.Module, name: str | None = None) -> dict[str, Any]:
 
 
 def adapters_of(backbone: nn.Module, name: str = TRAINED) -> Adapters:
-    """The adapters `name` as they are now; their tensors are the living ones where the factor is 1."""
+    """The adapters `name` as they are now; of a sharded backbone every rank has to ask, and gets whole ones."""
     found: Adapters = {}
     for path, layer in lora_layers(backbone, name).items():
-        down, up = _matrices(layer, name)
-        magnitude = _magnitude(layer, name).detach() if name in layer.lora_magnitude_vector else None
-        found[path] = Adapter(down.detach(), up.detach() * layer.scaling[name], magnitude)
+        down, up = map(_whole, _matrices(layer, name))
+        magnitude = _whole(_magnitude(layer, name)) if name in layer.lora_magnitude_vector else None
+        found[path] = Adapter(down, up * layer.scaling[name], magnitude)
     return found
 
 
@@ -222,6 +223,11 @@ def add_adapters(backbone: S3DiT, adapters: Adapters, name: str, scale: float = 
 def adapter_names(backbone: nn.Module) -> list[str]:
     """The names of the adapters in a backbone, in the order in which they came."""
     return list(dict.fromkeys(name for layer in lora_layers(backbone).values() for name in layer.lora_A))
+
+
+def _whole(weight: Tensor) -> Tensor:
+    weight = weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _matrices(layer: Any, name: str) -> tuple[nn.Parameter, nn.Parameter]:

@@ -82,12 +82,16 @@ class FlowMatchingModule(LightningModule):
             checkpoint["lora_base"] = self.lora_base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_base(checkpoint)
+        check_continues(checkpoint, self.backbone, self.optimizer_settings.name)
+
+    def check_base(self, checkpoint: dict[str, Any]) -> None:
+        """UserError where the adapters of a checkpoint were trained on other frozen weights than those here."""
         if self.lora and checkpoint.get("lora_base", self.lora_base) != self.lora_base:
             raise UserError(
-                f"the checkpoint to continue from holds adapters of other frozen weights than those of init_from="
-                f"{self.init_from}: put these back, or name them."
+                f"the checkpoint holds adapters of other frozen weights than those of init_from={self.init_from}: put "
+                "the right ones back there, or name them."
             )
-        check_continues(checkpoint, self.backbone, self.optimizer_settings.name)
 
     def setup(self, stage: str) -> None:
         check_encoded_by(getattr(self.trainer, "datamodule", None), self.codec, self.text_encoder)
