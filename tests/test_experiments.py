@@ -29,13 +29,12 @@ def test_every_experiment_describes_itself_in_one_line(name: str) -> None:
 
 
 # What an experiment leaves to the person who runs it.
-GIVEN = {
-    "finetune": [
-        "model.init_args.init_from=model",
-        "data.init_args.data_dir=data",
-        "trainer.callbacks.samples.init_args.prompts=[a boat]",
-    ]
-}
+OWN = [
+    "model.init_args.init_from=model",
+    "data.init_args.data_dir=data",
+    "trainer.callbacks.samples.init_args.prompts=[a boat]",
+]
+GIVEN = {"finetune": OWN, "lora": OWN}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -51,6 +51,8 @@ TASKS = {
     "prepare": Task("raw data to a prepared data set", "data_modules.preparation:prepare_task", "PrepareSettings"),
     "encode": Task("latents and features, worked out once", "data_modules.encoding:encode_task", "EncodeSettings"),
     "verify": Task("a prepared data set against its hashes", "data_modules.verification:verify_task", "VerifySettings"),
+    "export": Task("a run's weights as files for other programs", "zimage_lit.export:export_task", "ExportSettings"),
+    "merge": Task("variants of a model into one", "zimage_lit.merge:merge_task", "MergeSettings"),
     "generate": Task("pictures from prompts", "zimage_lit.pipeline:generate_task", "GenerateSettings"),
 }
 # What libraries say on every run and nobody at the keyboard can act upon.

@@ -74,6 +74,10 @@ class LoRASettings:
             raise UserError("lora.targets is empty: name at least one layer, such as to_q.")
 
     @property
+    def frozen_dtype(self) -> torch.dtype | None:
+        return DTYPES[self.base_dtype] if self.base_dtype else None
+
+    @property
     def scale(self) -> float:
         return (self.rank if self.alpha is None else self.alpha) / self.rank
 
@@ -108,7 +112,7 @@ Adapters = dict[str, Adapter]  # by the published name of the module
 def type_of_base(settings: LoRASettings | None) -> Iterator[None]:
     """Inside, a backbone is made (or read from disk) in the type that its frozen weights shall have."""
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[settings.base_dtype] if settings and settings.base_dtype else usual)
+    torch.set_default_dtype((settings and settings.frozen_dtype) or usual)
     try:
         yield
     finally:
@@ -295,13 +299,12 @@ def check_adapter_types(backbone: nn.Module) -> None:
         )
 
 
-def base_fingerprint(backbone: nn.Module) -> str:
-    """A digest of the frozen weights, from the first eight numbers of each: another base gives another one."""
+def base_fingerprint(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """A digest of frozen weights, from the first eight numbers of each (as `dtype`): another base has another one."""
     digest = hashlib.sha256()
-    for name, weight in sorted(backbone.state_dict().items()):
-        if not is_adapter(name):
-            digest.update(name.replace(".base_layer.", ".").encode())
-            digest.update(weight.detach().flatten()[:8].float().cpu().numpy().tobytes())
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().flatten()[:8].to("cpu", dtype).float().numpy().tobytes())
     return digest.hexdigest()
 
 

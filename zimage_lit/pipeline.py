@@ -116,15 +116,11 @@ class ZImagePipeline:
         overflows) and float32 elsewhere. The frozen parts are read at their first use.
         Raises UserError that names what is missing, damaged or of an unknown class.
         """
-        folder = Path(folder)
-        index = _read_index(folder)
-        codec = _class_of(index, "vae", CODECS, folder)(folder / "vae")
-        text_encoder = _class_of(index, "text_encoder", TEXT_ENCODERS, folder)(folder)
-        defaults = _read_defaults(folder, index)
+        parts = parts_of(Path(folder))
         device = usable_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        backbone = S3DiT.from_pretrained(folder / "transformer", dtype)
-        return cls(backbone, text_encoder, codec, **asdict(defaults)).to(device)
+        backbone = S3DiT.from_pretrained(Path(folder) / "transformer", dtype)
+        return cls(backbone, **parts).to(device)
 
     def load_lora(self, file: str | Path, scale: float = 1.0) -> Self:
         """Draw with the LoRA in a file from now on, beside those loaded before; returns itself.
@@ -160,8 +156,11 @@ class ZImagePipeline:
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
-            self._write_backbone(partial / "transformer", weights, dtype, on_bytes)
-            self._write_parts(partial)
+            self._write_parts(partial)  # first, for what they lack would show only after all the weights
+            own = plain_weights(self.backbone) if weights is None else weights
+            dtype = dtype or self.backbone.x_pad_token.dtype
+            save_weights(own, self.backbone.config, partial / "transformer", dtype, on_bytes=on_bytes)
+            self._write_index(partial)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             cause = error.__cause__ or error  # the backbone has already made a sentence of its own
@@ -322,23 +321,13 @@ class ZImagePipeline:
                     f"{name}={side} does not fit this model: use a multiple of {multiple} pixels, at most {largest}."
                 )
 
-    def _write_backbone(
-        self,
-        folder: Path,
-        weights: Mapping[str, Tensor] | None,
-        dtype: torch.dtype | None,
-        on_bytes: Callable[[int], object] | None,
-    ) -> None:
-        own = plain_weights(self.backbone) if weights is None else weights
-        dtype = dtype or self.backbone.x_pad_token.dtype
-        save_weights(own, self.backbone.config, folder, dtype, on_bytes=on_bytes)
-
     def _write_parts(self, folder: Path) -> None:
         codec_folder = _own_folder(self.codec, "vae")
         encoder_folder = _own_folder(self.text_encoder, "text_encoder")
         tokenizer_folder = encoder_folder
         if not (encoder_folder / "tokenizer_config.json").is_file():
             tokenizer_folder = encoder_folder.parent / "tokenizer"
+        folder.mkdir(parents=True)
         shutil.copytree(codec_folder, folder / "vae")
         no_tokenizer = shutil.ignore_patterns(*TOKENIZER_FILES)
         shutil.copytree(encoder_folder, folder / "text_encoder", ignore=no_tokenizer)
@@ -346,9 +335,6 @@ class ZImagePipeline:
         for pattern in TOKENIZER_FILES:
             for file in tokenizer_folder.glob(pattern):
                 shutil.copy(file, folder / "tokenizer")
-        tokenizer_class = read_json(folder / "tokenizer" / "tokenizer_config.json").get(
-            "tokenizer_class", "Qwen2Tokenizer"
-        )
         scheduler = {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "num_train_timesteps": 1000,
@@ -357,12 +343,15 @@ class ZImagePipeline:
         }
         (folder / "scheduler").mkdir()
         _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+
+    def _write_index(self, folder: Path) -> None:
+        tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json")
         index = {
             "_class_name": "ZImagePipeline",
             "_sampling_defaults": asdict(self.defaults),  # diffusers passes over keys with a leading underscore
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
             "text_encoder": ["transformers", "Qwen3Model"],
-            "tokenizer": ["transformers", tokenizer_class],
+            "tokenizer": ["transformers", tokenizer.get("tokenizer_class", "Qwen2Tokenizer")],
             "transformer": _index_entry(folder / "transformer"),
             "vae": _index_entry(folder / "vae"),
         }
@@ -411,6 +400,14 @@ def _read_index(folder: Path) -> dict[str, Any]:
         if not (folder / part).is_dir():
             raise UserError(f"{folder} lacks its {part}/ folder; write or download the whole pipeline again.")
     return index
+
+
+def parts_of(folder: Path) -> dict[str, Any]:
+    """All but the backbone in a pipeline's folder, as arguments of ZImagePipeline."""
+    index = _read_index(folder)
+    codec = _class_of(index, "vae", CODECS, folder)(folder / "vae")
+    text_encoder = _class_of(index, "text_encoder", TEXT_ENCODERS, folder)(folder)
+    return {"text_encoder": text_encoder, "codec": codec, **asdict(_read_defaults(folder, index))}
 
 
 def _class_of(

@@ -72,7 +72,7 @@ class FlowMatchingModule(LightningModule):
             with type_of_base(self.lora):
                 self.backbone = build_backbone(self.config, self.init_from, self.seed, next(iter(stores), None))
             if self.lora:
-                self.lora_base = base_fingerprint(self.backbone)
+                self.lora_base = base_fingerprint(self.backbone.state_dict())
                 apply_lora(self.backbone, self.lora, self.seed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
