@@ -115,6 +115,8 @@ def lightning_main() -> int:
 
 def run(words: list[str], program: str) -> int:
     """`run …`: the list, a help page, the composed settings, a task or a training."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the user's own classes and functions; a console script does not look there by itself
     options = [word for word in words if word in ("-h", "--help", "--list", "--print-config")]
     names = [word for word in words if word not in options]
     if "--list" in options:
@@ -152,8 +154,6 @@ def experiment(name: str) -> str:
 def train(name: str, overrides: list[str]) -> int:
     """Compose, check, build and fit one experiment; returns the exit code."""
     config = compose(name, overrides)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the user's own classes; a console script does not look there by itself
     from zimage_lit.validate import check_config
 
     check_config(config)
