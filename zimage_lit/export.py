@@ -10,7 +10,7 @@ import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from zimage_lit.backbone import S3DiT, S3DiTConfig
+from zimage_lit.backbone import S3DiTConfig
 from zimage_lit.backbone.checkpoints import (
     export_comfyui_weights,
     published_shapes,
@@ -36,7 +36,8 @@ from zimage_lit.pipeline import ZImagePipeline, build_stage, parts_of, run_confi
 from zimage_lit.stages.initial_weights import (
     backbone_config,
     build_backbone,
-    checkpoint_weights,
+    empty_backbone,
+    open_weights,
     read_checkpoint,
     run_checkpoint,
 )
@@ -152,18 +153,12 @@ def open_source(name: str, tracking_uri: str | None = None) -> Source:
     return Source(name, stored.config, stored, None, opened)
 
 
-def empty_backbone(config: S3DiTConfig) -> S3DiT:
-    """One without memory, on the meta device."""
-    with torch.device("meta"):
-        return S3DiT(config)
-
-
 def from_checkpoint(name: str, path: Path, tracking_uri: str | None) -> Source:
     """The averaged weights of a run's checkpoint, else the trained ones; of a LoRA run, on the base that it names."""
     run = run_config(path)
     arguments = run["model"].get("init_args", {})
     config = backbone_config(arguments.get("backbone", "tiny"))
-    weights: Mapping[str, Tensor] = checkpoint_weights(path)
+    weights: Mapping[str, Tensor] = open_weights(path)
 
     def opened() -> ZImagePipeline:
         stage = build_stage(run["model"])

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig
 from zimage_lit.backbone.checkpoints import Piece, comfyui_name, first_few, fresh_beside, read_tensors, write_tensors
+from zimage_lit.backbone.parallelize import local, place
 from zimage_lit.config import did_you_mean
 from zimage_lit.errors import UserError, at_least_one
 
@@ -123,7 +124,7 @@ def apply_lora(backbone: S3DiT, settings: LoRASettings, seed: int = 0, name: str
     """Freeze the backbone and put fresh adapters `name` into it; returns the same object.
 
     Several adapters of different names share one base; the latest is the active one. On the meta device the adapters
-    have no values: call `reset_adapters` once everything has memory.
+    have no values: call `reset_adapters` once everything has memory, sharded or not.
     Raises UserError for a target that the backbone does not have.
     """
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds: only those who use LoRA pay for it
@@ -151,14 +152,16 @@ def reset_adapters(backbone: S3DiT, settings: LoRASettings, seed: int = 0, name:
         torch.manual_seed(seed)
         for layer in lora_layers(backbone, name).values():
             down, up = _matrices(layer, name)
+            values = torch.empty(down.shape)  # drawn whole, on the CPU: the same on every device and share of it
             if settings.init == "kaiming":
-                nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+                nn.init.kaiming_uniform_(values, a=math.sqrt(5))
             else:
-                nn.init.normal_(down, std=1 / settings.rank)
-            nn.init.zeros_(up)
-            if settings.dora:
-                base = layer.get_base_layer().weight.float()
-                _magnitude(layer, name).copy_(torch.linalg.vector_norm(base, dim=1))
+                nn.init.normal_(values, std=1 / settings.rank)
+            place(down, values)
+            nn.init.zeros_(local(up))
+            if settings.dora:  # a share of a matrix is whole rows, of which a share of the magnitudes is the lengths
+                base = local(layer.get_base_layer().weight).float()
+                local(_magnitude(layer, name)).copy_(torch.linalg.vector_norm(base, dim=1))
 
 
 def target_modules(backbone: S3DiT, settings: LoRASettings) -> list[str]:
@@ -264,10 +267,15 @@ def kept_weights(backbone: nn.Module) -> dict[str, Tensor]:
     return {name: weight for name, weight in weights.items() if is_adapter(name)} or weights
 
 
+def base_weights(backbone: nn.Module) -> dict[str, Tensor]:
+    """Published name -> weight without any adapter."""
+    state = backbone.state_dict()
+    return {name.replace(".base_layer.", "."): weight for name, weight in state.items() if not is_adapter(name)}
+
+
 def plain_weights(backbone: nn.Module) -> Mapping[str, Tensor]:
     """Published name -> weight, the effect of all adapters merged in; merged one at a time, when it is asked for."""
-    state = {name.replace(".base_layer.", "."): w for name, w in backbone.state_dict().items() if not is_adapter(name)}
-    weights: Mapping[str, Tensor] = state
+    weights: Mapping[str, Tensor] = base_weights(backbone)
     for name in adapter_names(backbone):
         weights = MergedWeights(weights, adapters_of(backbone, name))
     return weights
@@ -300,11 +308,14 @@ def check_adapter_types(backbone: nn.Module) -> None:
 
 
 def base_fingerprint(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
-    """A digest of frozen weights, from the first eight numbers of each (as `dtype`): another base has another one."""
+    """A digest of frozen weights, from the first eight numbers of each (as `dtype`): another base has another one.
+
+    Of shards every rank has to ask.
+    """
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].detach().flatten()[:8].to("cpu", dtype).float().numpy().tobytes())
+        digest.update(_whole(weights[name]).flatten()[:8].to("cpu", dtype).float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -407,9 +418,9 @@ def _fused(adapters: Adapters, attention: str) -> tuple[Tensor, Tensor]:
     rows = len(present[0].up)  # all three matrices are square
     up = torch.zeros(3 * rows, sum(part.rank for part in present), dtype=present[0].up.dtype)
     column = 0
-    for place, part in enumerate(parts):
+    for number, part in enumerate(parts):
         if part:
-            up[place * rows : (place + 1) * rows, column : column + part.rank] = part.up
+            up[number * rows : (number + 1) * rows, column : column + part.rank] = part.up
             column += part.rank
     return torch.cat([part.down.cpu() for part in present]), up
 

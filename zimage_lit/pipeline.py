@@ -550,13 +550,13 @@ def load_pipeline(checkpoint: str | Path, device: str | None = None) -> ZImagePi
     path = Path(checkpoint)
     if not path.exists():
         raise UserError(f"There is no checkpoint {path}; give a pipeline's folder, a run's folder or a .ckpt file.")
-    if path.is_file():
+    if path.is_file() or path.suffix == ".ckpt":
         return _from_training_checkpoint(path, device)
     if (path / "model_index.json").is_file():
         return ZImagePipeline.from_pretrained(path, device)
     if (path / "pipeline" / "model_index.json").is_file():
         return ZImagePipeline.from_pretrained(path / "pipeline", device)
-    if (path / "checkpoints" / "last.ckpt").is_file():
+    if (path / "checkpoints" / "last.ckpt").exists():
         return _from_training_checkpoint(path / "checkpoints" / "last.ckpt", device)
     raise UserError(
         f"{path} holds neither a pipeline (model_index.json) nor a run's pipeline/ or checkpoints/last.ckpt."
@@ -637,13 +637,13 @@ def _earlier_pictures(output: Path, overwrite: bool) -> list[Path]:
 def _from_training_checkpoint(path: Path, device: str | None) -> ZImagePipeline:
     """A checkpoint's weights with the text encoder, codec and sampling settings that its run's config.yaml names."""
     from zimage_lit.callbacks.sampling import stage_pipeline  # which imports the pipeline itself
-    from zimage_lit.stages.initial_weights import checkpoint_weights, misfits, read_checkpoint
+    from zimage_lit.stages.initial_weights import misfits, open_weights, read_checkpoint
 
     chosen_device = usable_device(device)
     config = run_config(path)
     stage = build_stage(config["model"])
     stage.configure_model()
-    weights = checkpoint_weights(path)
+    weights = dict(open_weights(path))
     if wrong := misfits(kept_weights(stage.backbone), weights):
         raise UserError(f"{path} does not hold what its run's config.yaml describes: {wrong[0]} does not fit.")
     stage.check_base(read_checkpoint(path))

@@ -93,3 +93,16 @@ def test_autocast_on_a_gpu_does_not_widen_the_network() -> None:
 
 def test_norm_works_on_the_meta_device() -> None:
     assert RMSNorm(64, 1e-5).to("meta")(torch.empty(3, 64, device="meta")).shape == (3, 64)
+
+
+@pytest.mark.parametrize("shape", ["none", "per chunk"])
+def test_a_weight_in_bfloat16_has_gradients_near_those_in_float32(shape: str) -> None:
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 4, 16, generator=source).bfloat16().float().requires_grad_()
+    size = FACTORS[shape]
+    factor = None if size is None else torch.randn(*size, generator=source).bfloat16().float()
+    wide, narrow = RMSNorm(16, 1e-5), RMSNorm(16, 1e-5).bfloat16()
+    (expected,) = torch.autograd.grad(wide(x, factor).square().sum(), x)
+    short = x.detach().bfloat16().requires_grad_()
+    (found,) = torch.autograd.grad(narrow(short, None if factor is None else factor.bfloat16()).square().sum(), short)
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.1)
