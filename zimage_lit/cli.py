@@ -51,6 +51,8 @@ TASKS = {
     "prepare": Task("raw data to a prepared data set", "data_modules.preparation:prepare_task", "PrepareSettings"),
     "encode": Task("latents and features, worked out once", "data_modules.encoding:encode_task", "EncodeSettings"),
     "verify": Task("a prepared data set against its hashes", "data_modules.verification:verify_task", "VerifySettings"),
+    "export": Task("a run's weights as files for other programs", "zimage_lit.export:export_task", "ExportSettings"),
+    "merge": Task("variants of a model into one", "zimage_lit.merge:merge_task", "MergeSettings"),
     "generate": Task("pictures from prompts", "zimage_lit.pipeline:generate_task", "GenerateSettings"),
 }
 # What libraries say on every run and nobody at the keyboard can act upon.
@@ -113,6 +115,8 @@ def lightning_main() -> int:
 
 def run(words: list[str], program: str) -> int:
     """`run …`: the list, a help page, the composed settings, a task or a training."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the user's own code; a console script does not look there by itself
     options = [word for word in words if word in ("-h", "--help", "--list", "--print-config")]
     names = [word for word in words if word not in options]
     if "--list" in options:
@@ -150,8 +154,6 @@ def experiment(name: str) -> str:
 def train(name: str, overrides: list[str]) -> int:
     """Compose, check, build and fit one experiment; returns the exit code."""
     config = compose(name, overrides)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the user's own classes; a console script does not look there by itself
     from zimage_lit.validate import check_config
 
     check_config(config)

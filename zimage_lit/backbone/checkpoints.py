@@ -132,8 +132,8 @@ def export_comfyui_weights(
 ) -> None:
     """Write `weights` as one safetensors file in ComfyUI's form: fused qkv, short names, each behind `prefix`.
 
-    `weights`, `dtype` and `on_bytes` as in `save_weights`. The sizes are noted in the file's metadata, so `load_comfyui`
-    reads back a model of any size.
+    `weights`, `dtype` and `on_bytes` as in `save_weights`. The sizes are noted in the file's metadata, so
+    `load_comfyui` reads back a model of any size.
     Raises UserError for a `pad_multiple` other than 32, which ComfyUI cannot know, and when the disk is full.
     """
     file = Path(file).resolve()
@@ -261,12 +261,12 @@ def _check_tensors(expected: dict[str, tuple[int, ...]], stored: dict[str, Store
         if name in stored and stored[name].shape != shape
     ]
     faults = {"missing": missing, "not part of the network": left_over, "of another shape": misshapen}
-    told = [f"{len(names)} {fault}: {_first_few(names)}" for fault, names in faults.items() if names]
+    told = [f"{len(names)} {fault}: {first_few(names)}" for fault, names in faults.items() if names]
     if told:
         raise UserError(f"{place} does not fit the network's configuration: tensors {'; '.join(told)}.")
 
 
-def _first_few(names: list[str], limit: int = 4) -> str:
+def first_few(names: list[str], limit: int = 4) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
@@ -300,7 +300,7 @@ def _weight_files(folder: Path) -> list[Path]:
     shards = [folder / name for name in sorted(set(weight_map.values()))]
     absent = [shard.name for shard in shards if not shard.is_file()]
     if absent:
-        raise UserError(f"{folder}: {len(absent)} of {len(shards)} shards missing: {_first_few(absent)}.")
+        raise UserError(f"{folder}: {len(absent)} of {len(shards)} shards missing: {first_few(absent)}.")
     return shards
 
 
@@ -326,6 +326,14 @@ def _opened(file: Path) -> Iterator[safe_open]:
         raise UserError(
             f"{file} is not a readable safetensors file ({error}): it may be incomplete, fetch or save it again."
         ) from error
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file by their stored names; UserError where it cannot be read."""
+    if not file.is_file():
+        raise UserError(f"there is no file {file}.")
+    with _opened(file) as handle:
+        return {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _read_metadata(file: Path) -> dict[str, str]:
@@ -386,7 +394,7 @@ def _shapes(config: S3DiTConfig, weights: Mapping[str, Tensor]) -> dict[str, tup
     """Name and shape of every tensor of the network, in its own order; UserError where `weights` has other names."""
     shapes = published_shapes(config)
     faults = {"missing": shapes.keys() - weights.keys(), "not part of the network": weights.keys() - shapes.keys()}
-    told = [f"{len(names)} {fault}: {_first_few(sorted(names))}" for fault, names in faults.items() if names]
+    told = [f"{len(names)} {fault}: {first_few(sorted(names))}" for fault, names in faults.items() if names]
     if told:
         raise UserError(f"the weights cannot be saved as a backbone of these sizes: tensors {'; '.join(told)}.")
     return shapes
@@ -476,7 +484,7 @@ def write_tensors(
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for piece in pieces:
-            stream.write(memoryview(piece.read().contiguous().flatten().view(torch.uint8).numpy()))
+            stream.write(piece.read().contiguous().flatten().view(torch.uint8).numpy().data)
             if on_bytes:
                 on_bytes(piece.nbytes)
         stream.flush()

@@ -16,6 +16,7 @@ from zimage_lit.backbone.config import PRESETS
 from zimage_lit.backbone.parallelize import fill, fill_fresh
 from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError
+from zimage_lit.lora import is_adapter, kept_weights
 from zimage_lit.sharded_checkpoints import ShardedTensors, is_sharded, read_sharded
 
 PREFIX = "backbone."  # of the backbone's tensors in a checkpoint
@@ -84,6 +85,11 @@ def initial_weights(config: S3DiTConfig, init_from: str, tracking_uri: str | Non
             raise UserError(f"init_from={init_from}: its {', '.join(different)} differ from the experiment's backbone.")
         return stored
     weights = open_weights(path)
+    if any(is_adapter(name) for name in weights):
+        raise UserError(
+            f"init_from={path}: it holds a LoRA without its base; make one folder of both by `lightning run export` "
+            "and name that."
+        )
     shapes = weights.shapes if isinstance(weights, ShardedTensors) else weights
     if wrong := misfits(empty_backbone(config).state_dict(), shapes):
         raise UserError(
@@ -116,7 +122,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer_name: str) -> None:
     """Raise UserError where a run of this backbone and optimiser cannot go on from the checkpoint."""
     weights = {name: w for name, w in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
-    check_weights(weights, {f"{PREFIX}{name}": weight for name, weight in backbone.state_dict().items()})
+    check_weights(weights, {f"{PREFIX}{name}": weight for name, weight in kept_weights(backbone).items()})
     for state in checkpoint.get("optimizer_states", ()):
         found = "muon" if "pair" in state else "adamw"
         if found != optimizer_name:
@@ -128,10 +134,17 @@ def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer_name:
 
 def check_weights(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     """Raise UserError where weights of a checkpoint, by their names in it, are not those that are expected."""
+    lora = any(is_adapter(name) for name in found)
+    if lora != any(is_adapter(name) for name in expected):
+        raise UserError(
+            f"the checkpoint to continue from was trained {'with' if lora else 'without'} model.init_args.lora: set "
+            "that back, or name another checkpoint."
+        )
     if wrong := misfits(expected, found):
+        settings = "model.init_args.lora as it was there" if lora else "model.init_args.backbone to its sizes"
         raise UserError(
             f"the checkpoint to continue from is of another backbone: {len(wrong)} tensors do not fit, the first is "
-            f"{wrong[0]}; set model.init_args.backbone to its sizes, or name another checkpoint."
+            f"{wrong[0]}; set {settings}, or name another checkpoint."
         )
 
 
