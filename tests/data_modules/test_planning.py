@@ -384,7 +384,7 @@ def test_a_folder_without_the_file_has_samples_that_are_alike(tmp_path: Path) ->
     found = read_table(tmp_path, [2, 2])
     assert found.num_samples == 4 and found.tokens is None and found.settings == {}
     with pytest.raises(
-        UserError, match=r"planning.npz is missing, which data.init_args.sizes and concept_weights need"
+        UserError, match=r"planning.npz is missing, which data.init_args.sizes, concept_weights and balance need"
     ):
         read_table(tmp_path, [2, 2], SizeMapping())
 

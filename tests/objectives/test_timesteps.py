@@ -61,6 +61,14 @@ def test_resolution_shift_equals_the_dynamic_shift_of_diffusers():
         torch.testing.assert_close(1 - timesteps.shift(t, shift.double()), expected, atol=1e-6, rtol=0)
 
 
+def test_a_law_may_have_a_line_of_its_own():
+    law = TimestepLaw("uniform", shift="resolution", base_tokens=9, base_shift=1.8, max_tokens=36, max_shift=2.3)
+    plain = TimestepLaw("uniform").sample([9, 36, 18], generator(3))
+    drawn = law.sample([9, 36, 18], generator(3))
+    shifts = torch.exp(torch.tensor([1.8, 2.3, 1.8 + 0.5 * 9 / 27]))
+    torch.testing.assert_close(drawn, timesteps.shift(plain, shifts))
+
+
 def test_a_law_shifts_each_sample_by_its_own_resolution():
     law = TimestepLaw("uniform", shift="resolution")
     drawn = law.sample([256, 4096, 1024], generator())
@@ -87,6 +95,8 @@ def test_the_same_generator_draws_the_same_times():
         ({"std": 0.0}, "std must be positive"),
         ({"shift": -1.0}, "shift must be a positive number"),
         ({"shift": "dynamic"}, "'resolution', not 'dynamic'"),
+        ({"base_tokens": 4096}, "base_tokens must be positive and below max_tokens, not 4096 and 4096"),
+        ({"max_shift": float("inf")}, "base_shift and max_shift must be finite, not 0.5 and inf"),
     ],
 )
 def test_a_law_with_bad_settings_is_refused(settings, message):

@@ -226,6 +226,12 @@ def test_the_sizes_of_a_backbone_are_those_of_the_folder_that_is_named(parts, tm
         backbone_config(str(tmp_path))
 
 
+def test_a_folder_that_is_called_like_a_preset_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()  # as `experiments/tiny` is, for who works in there
+    assert backbone_config("tiny") == S3DiTConfig.preset("tiny")
+
+
 def test_data_that_it_would_learn_wrongly_from_are_refused(parts, batch):
     module = stage(parts)
     for other in ({**batch, "sources": batch["images"]}, {"winners": batch["images"], "captions": batch["captions"]}):
