@@ -13,7 +13,7 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor
-from variants import SIZES, backbone, fill, write_pipeline, write_run
+from variants import SIZES, backbone, fill, write_pipeline, write_run, write_sharded_run
 
 from zimage_lit import cli
 from zimage_lit.backbone import S3DiT, S3DiTConfig
@@ -100,6 +100,15 @@ def test_a_run_is_found_by_its_id(shelf: Shelf, tmp_path: Path, monkeypatch: pyt
     export_task({"source": "run:0123", "output": str(tmp_path / "model"), **words})
     assert asked == [("0123", "sqlite:///x.db")]
     assert_same(S3DiT.from_pretrained(tmp_path / "model").state_dict(), shelf.weights(shelf.run))
+
+
+@pytest.mark.parametrize("kind", ["run", "lora_run"])
+def test_a_sharded_checkpoint_is_made_one_of(shelf: Shelf, kind: str, tmp_path: Path) -> None:
+    source = getattr(shelf, kind)
+    run = write_sharded_run(tmp_path / "run", source)
+    words = {"output": str(tmp_path / "model"), "form": "transformer", "dtype": "float32"}
+    export_task({"source": str(run), **words})
+    assert_same(S3DiT.from_pretrained(tmp_path / "model").state_dict(), shelf.weights(source))
 
 
 @pytest.mark.parametrize("dialect", ["diffusers", "comfyui"])

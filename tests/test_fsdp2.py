@@ -24,6 +24,7 @@ from zimage_lit.backbone.parallelize import ParallelizeSettings, gathered
 from zimage_lit.callbacks.checkpoint import RunCheckpoint
 from zimage_lit.callbacks.ema import EMA
 from zimage_lit.errors import UserError
+from zimage_lit.lora import LoRASettings
 from zimage_lit.objectives import flow_matching
 from zimage_lit.rng import generator
 from zimage_lit.run_folder import last_checkpoint
@@ -304,6 +305,37 @@ def test_bfloat16_computes_with_float32_masters_and_an_uncast_t(pair: Ranks, fol
         assert set(times) == {torch.float32}  # 0.999 in bfloat16 is 1.0
         assert set(tokens) == {torch.bfloat16}
     assert means([answer[0] for answer in answers]) == pytest.approx(whole.losses[:6], rel=0.03)
+
+
+LORAS = {
+    "lora": LoRASettings(rank=2, dropout=0.0),
+    "dora": LoRASettings(rank=2, dora=True, refiners=True),
+    "half": LoRASettings(rank=2, base_dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("kind", LORAS)
+def test_a_lora_trains_and_resumes_on_shards_as_in_one_process(pair: Ranks, folder: Path, kind: str) -> None:
+    settings: dict[str, Any] = {"stage_settings": {"lora": LORAS[kind]}}
+    if kind == "half":
+        settings["precision"] = "bf16-mixed"
+    twin = fit(folder / f"{kind}-whole", 8, **settings)
+    watches = train(pair, folder / kind, 8, **settings)
+    if kind == "half":
+        assert means(watches) == pytest.approx(twin.losses, rel=0.03)
+    else:
+        assert_alike(watches, twin)
+    kept = open_weights(last_checkpoint(folder / kind))
+    assert kept and all(".lora_" in name for name in kept)
+    assert all(torch.equal(weight, watches[0].states[-1][f"average.{name}"]) for name, weight in kept.items())
+    first, last = watches[0].states
+    changed = {name for name in first if name.startswith("weights.") and not torch.equal(first[name], last[name])}
+    assert changed == {f"weights.{name}" for name in kept}
+
+    train(pair, folder / f"{kind}-first", 4, **settings)
+    resumed = train(pair, folder / f"{kind}-second", 8, resume=last_checkpoint(folder / f"{kind}-first"), **settings)
+    assert [watch.losses for watch in resumed] == [watch.losses[4:] for watch in watches]
+    assert same(resumed[0].states[-1], last)
 
 
 # ---------------------------------------------------------------------------------------------------- traps

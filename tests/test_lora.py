@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig, checkpoints
+from zimage_lit.backbone.parallelize import ParallelizeSettings
 from zimage_lit.callbacks.ema import EMA, averaged_weights
 from zimage_lit.errors import UserError
 from zimage_lit.lora import (
@@ -401,6 +402,18 @@ def test_a_checkpoint_that_does_not_belong_to_the_run_is_named(start: Path, tmp_
     refused(stage(LoRASettings(rank=3), str(start)), "lora.ckpt", r"28 tensors do not fit.*model\.init_args\.lora as")
     with pytest.raises(UserError, match=r"holds a LoRA without its base.*lightning run export"):
         build_backbone(model.config, str(tmp_path / "lora.ckpt"), 0)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_changes_nothing_with_dropout_neither(start: Path, mode: Any) -> None:
+    """What is computed again in the backward pass hides the same inputs."""
+    trained = []
+    for settings in (ParallelizeSettings(), ParallelizeSettings(mode)):
+        module = stage(LoRASettings(rank=2, dropout=0.3), str(start))
+        module.parallelize = settings
+        fit(module)
+        trained.append(kept_weights(module.backbone))
+    assert all(torch.equal(weight, trained[1][name]) for name, weight in trained[0].items())
 
 
 def test_adapters_in_half_are_refused(start: Path) -> None:

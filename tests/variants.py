@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig
 from zimage_lit.components import PatchPCACodec, build_tiny_qwen3
 from zimage_lit.config import to_yaml
 from zimage_lit.pipeline import ZImagePipeline
+from zimage_lit.sharded_checkpoints import META, split
 
 PROMPTS = ["a red circle", "two blue squares", "the word CAT"]
 SIZES: dict[str, Any] = {
@@ -74,6 +76,17 @@ def write_run(
         "pytorch-lightning_version": "2",
     }
     torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+def write_sharded_run(folder: Path, run: Path) -> Path:
+    """The same run with its checkpoint as a folder, as several ranks write it."""
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    (folder / "checkpoints" / "last.ckpt").mkdir(parents=True)
+    (folder / "config.yaml").write_text((run / "config.yaml").read_text())
+    tensors, rest = split(checkpoint)
+    dcp.save(tensors, checkpoint_id=folder / "checkpoints" / "last.ckpt", no_dist=True)
+    torch.save(rest, folder / "checkpoints" / "last.ckpt" / META)
     return folder
 
 
