@@ -62,6 +62,15 @@ def test_norm_keeps_the_dtype_of_its_input_and_rounds_once(dtype: torch.dtype) -
     torch.testing.assert_close(norm(x), composed(norm, x.float(), None).to(dtype))
 
 
+def test_weights_of_bfloat16_get_gradients() -> None:
+    norm, reference = RMSNorm(64, 1e-5).bfloat16(), RMSNorm(64, 1e-5)
+    x = torch.randn(5, 4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    norm(x).float().square().sum().backward()
+    reference(x.float()).square().sum().backward()
+    assert norm.weight.grad is not None and norm.weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(norm.weight.grad.float(), reference.weight.grad, rtol=0.02, atol=0)
+
+
 def test_a_row_of_zeros_stays_zero_with_a_finite_gradient() -> None:
     x = torch.zeros(2, 8, requires_grad=True)
     output = RMSNorm(8, 1e-5)(x)

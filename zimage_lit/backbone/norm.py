@@ -52,7 +52,7 @@ class _ScaledRMSNorm(torch.autograd.Function):
         product = gradient * wide
         if weight.ndim == 1:  # sums along rows and columns as products with vectors: one reading each
             weight_gradient = inverse_rms.flatten() @ product.flatten(0, -2)
-            along = (product @ weight).unsqueeze(-1)
+            along = (product @ weight.to(product.dtype)).unsqueeze(-1)
         else:
             weight_gradient = (product * inverse_rms).sum_to_size(weight.shape)
             along = (product * weight).sum(dim=-1, keepdim=True)
