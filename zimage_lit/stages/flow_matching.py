@@ -58,7 +58,7 @@ class FlowMatchingModule(LightningModule):
             self.backbone = build_backbone(self.config, self.init_from, self.seed, next(iter(stores), None))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_continues(checkpoint, self.backbone, self.optimizer_settings.name)
+        check_continues(checkpoint, self.backbone, self.optimizer_settings)
 
     def setup(self, stage: str) -> None:
         check_encoded_by(getattr(self.trainer, "datamodule", None), self.codec, self.text_encoder)
@@ -143,7 +143,7 @@ class FlowMatchingModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         total_steps = self.total_steps()
-        optimizer = build_optimizer(self.backbone, self.optimizer_settings)
+        optimizer = build_optimizer(self.backbone, self.optimizer_settings, self.seed)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, total_steps, self.optimizer_settings)
         )

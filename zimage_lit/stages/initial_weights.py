@@ -3,6 +3,7 @@
 What is read from checkpoints is checked here too, so that a wrong one is named before Lightning trips over it.
 """
 
+import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from zimage_lit.backbone import S3DiT, S3DiTConfig
 from zimage_lit.backbone.checkpoints import read_config
 from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError
+from zimage_lit.stages.optimizers import OptimizerSettings, kind_of_states
 
 PREFIX = "backbone."  # of the backbone's tensors in a checkpoint
 
@@ -61,7 +63,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}.")
     try:
+        allow_low_bit_states(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
     except Exception as error:  # a torn file makes the unpickler raise all kinds, none of which names the file
         raise UserError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}): name a whole one, or start over."
@@ -71,7 +76,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer_name: str) -> None:
+def allow_low_bit_states(path: Path) -> None:
+    """torch reads 8-bit optimiser states only where torchao, which says that they are harmless, has been imported."""
+    if any(name.startswith("torchao.") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)):
+        try:
+            importlib.import_module("torchao.optim")
+        except ImportError as error:
+            raise UserError(f"{path} holds 8-bit optimiser states: pip install 'zimage-lit[8bit]' to read it.") from error
+
+
+def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer: OptimizerSettings) -> None:
     """Raise UserError where a run of this backbone and optimiser cannot go on from the checkpoint."""
     weights = {name: w for name, w in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
     wrong = misfits({f"{PREFIX}{name}": weight for name, weight in backbone.state_dict().items()}, weights)
@@ -81,10 +95,10 @@ def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer_name:
             f"{wrong[0]}; set model.init_args.backbone to its sizes, or name another checkpoint."
         )
     for state in checkpoint.get("optimizer_states", ()):
-        found = "muon" if "pair" in state else "adamw"
-        if found != optimizer_name:
+        found = kind_of_states(state)
+        if found != optimizer.kind:
             raise UserError(
-                f"the checkpoint to continue from was trained with optimizer.name={found}, not {optimizer_name}: set "
+                f"the checkpoint to continue from was trained with the optimizer {found}, not {optimizer.kind}: set "
                 "that back, or begin a new run from its weights with model.init_args.init_from."
             )
 
