@@ -120,6 +120,25 @@ def test_golden_losses(parts, batch, precision, tmp_path):
 GOLDEN = [1.6504038, 1.2872533, 1.1914799, 1.1168041]
 
 
+def test_bfloat16_weights_see_the_noise_and_times_of_float32_ones(parts, batch, tmp_path, monkeypatch):
+    """Under bf16-true every tensor that is made without a type is bfloat16, in which t has 256 values."""
+    seen = {"32-true": [], "bf16-true": []}
+    for precision, inputs in seen.items():
+        module = FlowMatchingModule(
+            Qwen3TextEncoder(parts / "text_encoder"),
+            PatchPCACodec(parts / "codec"),
+            backbone={"preset": "tiny", **vars(CONFIG)},
+        )
+        forward = S3DiT.forward
+        monkeypatch.setattr(S3DiT, "forward", lambda self, x, t, c, f=forward, i=inputs: i.append((x, t)) or f(self, x, t, c))
+        fit(module, batch, 2, tmp_path, precision=precision)
+        monkeypatch.setattr(S3DiT, "forward", forward)
+        assert module.backbone.x_pad_token.dtype == (torch.float32 if precision == "32-true" else torch.bfloat16)
+    for (latents, t), (half_latents, half_t) in zip(seen["32-true"], seen["bf16-true"], strict=True):
+        assert torch.equal(t, half_t)
+        torch.testing.assert_close(half_latents, latents, rtol=0, atol=0.02)
+
+
 def test_gradients_are_clipped_and_the_norm_is_logged(parts, batch, tmp_path):
     module = stage(parts)
     trainer = fit(module, batch, 1, tmp_path, gradient_clip_val=1e-3)

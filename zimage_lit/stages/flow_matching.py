@@ -83,14 +83,13 @@ class FlowMatchingModule(LightningModule):
             return generator(self.seed, f"{phase}/{purpose}", step, self.global_rank)
 
         data = batch["image_latents"] if "image_latents" in batch else self.encode_images(batch["images"])
-        dropped = torch.rand(len(data), generator=draw("caption_dropout")) < (
-            self.caption_dropout if phase == "train" else 0.0
-        )
+        rate = self.caption_dropout if phase == "train" else 0.0
+        dropped = torch.rand(len(data), generator=draw("caption_dropout"), dtype=torch.float32) < rate
         features = self.encode_captions(batch, dropped.tolist())
         patch_area = self.config.patch_size**2
         t = self.timesteps.sample([x[0].numel() // patch_area for x in data], draw("timesteps")).to(self.device)
         noise_source = draw("noise")
-        noise = [torch.randn(x.shape, generator=noise_source).to(self.device) for x in data]
+        noise = [torch.randn(x.shape, generator=noise_source, dtype=torch.float32).to(self.device) for x in data]
 
         noisy = flow_matching.interpolate(noise, data, t)
         predicted = self.backbone(noisy, t, features)
