@@ -28,6 +28,8 @@ class FlowMatchingModule(LightningModule):
     caption_dropout: share of captions replaced by the empty one, so that guidance has an unconditional branch.
     """
 
+    hands_over_gradient_norm = True  # to callbacks that have `on_gradient_norm`
+
     def __init__(
         self,
         text_encoder: TextEncoder,
@@ -127,6 +129,9 @@ class FlowMatchingModule(LightningModule):
         limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
         norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), limit)
         self.log("train/gradient_norm", norm)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+            if hasattr(callback, "on_gradient_norm"):
+                callback.on_gradient_norm(self.trainer, self, optimizer, norm)
 
     def total_steps(self) -> int:
         """Optimiser steps of the run, which a learning rate that decays must know; 0 where it has no end."""

@@ -82,7 +82,9 @@ def allow_low_bit_states(path: Path) -> None:
         try:
             importlib.import_module("torchao.optim")
         except ImportError as error:
-            raise UserError(f"{path} holds 8-bit optimiser states: pip install 'zimage-lit[8bit]' to read it.") from error
+            raise UserError(
+                f"{path} holds 8-bit optimiser states: pip install 'zimage-lit[8bit]' to read it."
+            ) from error
 
 
 def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer: OptimizerSettings) -> None:

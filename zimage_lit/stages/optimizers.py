@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -16,13 +16,9 @@ from torch import Tensor, nn
 from zimage_lit.errors import UserError, at_least_one
 
 
-# Torch wraps modules for compiling and activation checkpointing; patterns are written for the network's own names.
-WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
-
-
 @dataclass
 class GroupSettings:
-    """What a part of the parameters has of its own; the first group whose pattern matches a name takes the parameter."""
+    """What a part of the parameters has of its own; the first group whose pattern matches a name takes it."""
 
     match: str  # pattern over the parameters' names, such as layers.*.attention.* or *.bias
     lr_scale: float = 1.0  # times the learning rate of all; 0 keeps these parameters as they are
@@ -100,7 +96,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings, seed: int = 0
     Raises UserError for a group of the settings that matches nothing, and stochastic rounding of other weights than
     bfloat16 ones.
     """
-    trainable = {own_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     taken = group_parameters(trainable, settings.groups)
     orthogonalised = {n for n, p in trainable.items() if settings.name == "muon" and is_block_matrix(n, p)}
     adamw_groups = optimizer_groups(trainable, taken, settings, settings.lr, trainable.keys() - orthogonalised)
@@ -118,14 +114,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings, seed: int = 0
     return OptimizerPair(muon, adamw)
 
 
-def own_name(name: str) -> str:
-    """A parameter's name as the unwrapped network has it."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def group_parameters(trainable: dict[str, Tensor], groups: Sequence[GroupSettings]) -> dict[str, GroupSettings]:
+def group_parameters(trainable: Mapping[str, Tensor], groups: Sequence[GroupSettings]) -> dict[str, GroupSettings]:
     """Parameter name -> its group, for those that have one."""
     taken: dict[str, GroupSettings] = {}
     for group in groups:
@@ -140,8 +129,8 @@ def group_parameters(trainable: dict[str, Tensor], groups: Sequence[GroupSetting
 
 
 def optimizer_groups(
-    trainable: dict[str, Tensor],
-    taken: dict[str, GroupSettings],
+    trainable: Mapping[str, Tensor],
+    taken: Mapping[str, GroupSettings],
     settings: OptimizerSettings,
     lr: float,
     names: Set[str],
@@ -193,7 +182,9 @@ def kind_of_states(state: dict[str, Any]) -> str:
 
 def cpp_compiler() -> str | None:
     """The C++ compiler that torch.compile would take on a CPU."""
-    return next((found for name in (os.environ.get("CXX", ""), "g++", "clang++") if (found := shutil.which(name))), None)
+    return next(
+        (found for name in (os.environ.get("CXX", ""), "g++", "clang++") if (found := shutil.which(name))), None
+    )
 
 
 def is_block_matrix(name: str, parameter: Tensor) -> bool:
