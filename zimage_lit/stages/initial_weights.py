@@ -100,7 +100,7 @@ def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer: Opti
         found = kind_of_states(state)
         if found != optimizer.kind:
             raise UserError(
-                f"the checkpoint to continue from was trained with the optimizer {found}, not {optimizer.kind}: set "
+                f"the checkpoint to continue from was trained with optimizer.name={found}, not {optimizer.kind}: set "
                 "that back, or begin a new run from its weights with model.init_args.init_from."
             )
 
