@@ -175,12 +175,15 @@ def fit(settings: RunSettings, config: dict[str, Any], checkpoint: Path | None, 
     from zimage_lit.callbacks.run_config import RunConfig
     from zimage_lit.run_folder import write_status
     from zimage_lit.stages.initial_weights import read_checkpoint
+    from zimage_lit.strategies import FSDP2Strategy
 
     for message in IDLE_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     if checkpoint:
         read_checkpoint(checkpoint)  # a damaged one is named before anything is built
     built = build(config)
+    if checkpoint and checkpoint.is_dir() and not isinstance(built.trainer.strategy, FSDP2Strategy):
+        raise UserError(f"{checkpoint} is a sharded checkpoint: give trainer.strategy=fsdp2 (on one device, too).")
     trainer, clean_stop = built.trainer, CleanStop(settings.output_dir)
     checkpoints = [callback for callback in trainer.callbacks if callback in trainer.checkpoint_callbacks]
     others = [callback for callback in trainer.callbacks if callback not in checkpoints]
@@ -211,6 +214,8 @@ def build(config: dict[str, Any]) -> Any:
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningCLI
+
+    import zimage_lit.strategies  # noqa: F401 (trainer.strategy=fsdp2 is known from here on)
 
     sections = ("seed_everything", "trainer", "model", "data")
     given = copy.deepcopy(callback_list(config))  # the parser rewrites what it is given

@@ -519,13 +519,13 @@ def load_pipeline(checkpoint: str | Path, device: str | None = None) -> ZImagePi
     path = Path(checkpoint)
     if not path.exists():
         raise UserError(f"There is no checkpoint {path}; give a pipeline's folder, a run's folder or a .ckpt file.")
-    if path.is_file():
+    if path.is_file() or path.suffix == ".ckpt":
         return _from_training_checkpoint(path, device)
     if (path / "model_index.json").is_file():
         return ZImagePipeline.from_pretrained(path, device)
     if (path / "pipeline" / "model_index.json").is_file():
         return ZImagePipeline.from_pretrained(path / "pipeline", device)
-    if (path / "checkpoints" / "last.ckpt").is_file():
+    if (path / "checkpoints" / "last.ckpt").exists():
         return _from_training_checkpoint(path / "checkpoints" / "last.ckpt", device)
     raise UserError(
         f"{path} holds neither a pipeline (model_index.json) nor a run's pipeline/ or checkpoints/last.ckpt."
@@ -606,7 +606,7 @@ def _earlier_pictures(output: Path, overwrite: bool) -> list[Path]:
 def _from_training_checkpoint(path: Path, device: str | None) -> ZImagePipeline:
     """A checkpoint's weights with the text encoder, codec and sampling settings that its run's config.yaml names."""
     from zimage_lit.callbacks.sampling import SamplingSettings, stage_pipeline  # these import the pipeline themselves
-    from zimage_lit.stages.initial_weights import checkpoint_weights
+    from zimage_lit.stages.initial_weights import open_weights
 
     chosen_device = usable_device(device)
     config_path = path.resolve().parent.parent / "config.yaml"
@@ -615,7 +615,7 @@ def _from_training_checkpoint(path: Path, device: str | None) -> ZImagePipeline:
     config = read_yaml(config_path)
     stage = _build_stage(config["model"])
     stage.configure_model()
-    stage.backbone.load_state_dict(checkpoint_weights(path))
+    stage.backbone.load_state_dict(dict(open_weights(path)))
     callbacks = config.get("trainer", {}).get("callbacks") or []
     callbacks = callbacks.values() if isinstance(callbacks, dict) else callbacks
     given = (callback.get("init_args", {}).get("sampling") for callback in callbacks)

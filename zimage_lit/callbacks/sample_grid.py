@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
-from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures
+from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures, joins_in_drawing
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import write_atomically
 from zimage_lit.grids import encoded, labelled_grid
@@ -41,14 +40,15 @@ class SampleGrid(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.draw(trainer, pl_module)
 
-    @rank_zero_only
     def draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
-        if step == self._drawn_step:
+        if step == self._drawn_step or not joins_in_drawing(trainer):
             return
         self._drawn_step = step
         seeds = [self.seed + i for i in range(len(self.prompts))]
         pictures = draw_pictures(trainer, pl_module, self.sampling, self.prompts, seeds)
+        if not trainer.is_global_zero:
+            return
         grid = encoded(labelled_grid(pictures, self.prompts), "PNG")
         write_atomically(Path(trainer.default_root_dir) / "samples" / f"step-{step:08d}.png", grid)
         for logger in trainer.loggers:

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from data_modules.tinyworld.captions import LANGUAGES
 from data_modules.tinyworld.verifier import judge
 from data_modules.tinyworld.world import heldout_prompts
 from evaluation.benchmarks import geneval
-from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures
+from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures, joins_in_drawing
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import write_atomically
 
@@ -59,10 +59,9 @@ class TinyWorldScore(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.score(trainer, pl_module)
 
-    @rank_zero_only
     def score(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
-        if any(summary["step"] == step for summary in self.history):
+        if any(summary["step"] == step for summary in self.history) or not joins_in_drawing(trainer):
             return
         texts = [metadata["prompt"] for metadata in self.prompts]
         seeds = [self.seed + place for place in range(len(texts))]
@@ -72,6 +71,8 @@ class TinyWorldScore(Callback):
         ]
         summary, verdicts = summarise(records, step)
         self.history.append(summary)
+        if not trainer.is_global_zero:
+            return
         judged = {**summary, "records": [{**r, **v} for r, v in zip(records, verdicts, strict=True)]}
         path = Path(trainer.default_root_dir) / "scores" / f"step-{step:08d}.json"
         write_atomically(path, json.dumps(judged, indent=1) + "\n")

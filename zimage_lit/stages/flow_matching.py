@@ -7,15 +7,23 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from zimage_lit.backbone import S3DiT
+from zimage_lit.backbone.parallelize import ParallelizeSettings, parallelize
 from zimage_lit.components import LatentCodec, TextEncoder
 from zimage_lit.errors import UserError
 from zimage_lit.objectives import flow_matching
 from zimage_lit.objectives.timesteps import TimestepLaw
 from zimage_lit.rng import generator
 from zimage_lit.stages.frozen_parts import check_encoded_by, check_text_to_image
-from zimage_lit.stages.initial_weights import backbone_config, build_backbone, check_continues
+from zimage_lit.stages.initial_weights import (
+    backbone_config,
+    build_backbone,
+    check_continues,
+    empty_backbone,
+    fill_backbone,
+)
 from zimage_lit.stages.optimizers import OptimizerSettings, build_optimizer, learning_rate_factor
 
 
@@ -26,6 +34,8 @@ class FlowMatchingModule(LightningModule):
     optimizer, timesteps: None for their defaults.
     init_from: a checkpoint, an exported folder or `run:<mlflow run id>` to start from.
     caption_dropout: share of captions replaced by the empty one, so that guidance has an unconditional branch.
+    parallelize: activation checkpointing and compiling; None for neither. Under the strategy `fsdp2` the backbone is
+        sharded as well: made without memory, and filled part by part.
     """
 
     hands_over_gradient_norm = True  # to callbacks that have `on_gradient_norm`
@@ -40,6 +50,7 @@ class FlowMatchingModule(LightningModule):
         caption_dropout: float = 0.1,
         seed: int = 0,
         init_from: str | None = None,
+        parallelize: ParallelizeSettings | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout <= 1:
@@ -52,20 +63,40 @@ class FlowMatchingModule(LightningModule):
         self.caption_dropout = caption_dropout
         self.seed = seed
         self.init_from = init_from
+        self.parallelize = parallelize or ParallelizeSettings()
         self.backbone: S3DiT = None  # type: ignore[assignment]  # configure_model makes it, on the trainer's terms
 
     def configure_model(self) -> None:
-        if self.backbone is None:
-            stores = [logger.tracking_uri for logger in self.loggers if hasattr(logger, "tracking_uri")]
-            self.backbone = build_backbone(self.config, self.init_from, self.seed, next(iter(stores), None))
+        if self.backbone is not None:
+            return
+        stores = [logger.tracking_uri for logger in self.loggers if hasattr(logger, "tracking_uri")]
+        source = self.init_from, self.seed, next(iter(stores), None)
+        mesh = self.device_mesh
+        if mesh is not None:
+            self.check_can_be_sharded()
+        self.backbone = build_backbone(self.config, *source) if mesh is None else empty_backbone(self.config)
+        if self._trainer is not None:  # who only draws pictures from a checkpoint needs none of it
+            parallelize(self.backbone, mesh, self.parallelize, str(self.trainer.precision))
+        if mesh is not None:
+            self.backbone.to_empty(device=self.trainer.strategy.root_device)
+            fill_backbone(self.backbone, *source)
+
+    def check_can_be_sharded(self) -> None:
+        """UserError for settings that need whole weights."""
+        if self.optimizer_settings.name == "muon":
+            raise UserError(
+                "optimizer.name=muon orthogonalises whole matrices, and trainer.strategy=fsdp2 keeps parts of them on "
+                "each device: set optimizer.name=adamw."
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_continues(checkpoint, self.backbone, self.optimizer_settings)
 
     def setup(self, stage: str) -> None:
         check_encoded_by(getattr(self.trainer, "datamodule", None), self.codec, self.text_encoder)
-        self.text_encoder.to(self.device)
-        self.codec.to(self.device)
+        device = self.trainer.strategy.root_device  # our own is set later, together with the backbone's
+        self.text_encoder.to(device)
+        self.codec.to(device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.losses(batch, "train", self.trainer.fit_loop.epoch_loop.total_batch_idx).mean()
@@ -128,6 +159,8 @@ class FlowMatchingModule(LightningModule):
             raise UserError(f"trainer.gradient_clip_algorithm must be norm, not {gradient_clip_algorithm}.")
         limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
         norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), limit)
+        if isinstance(norm, DTensor):  # of all shards together, still in parts
+            norm = norm.full_tensor()
         self.log("train/gradient_norm", norm)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it without declaring it
             if hasattr(callback, "on_gradient_norm"):
