@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torchao.optim
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -35,7 +36,9 @@ class _Reproducible:
             with torch.enable_grad():
                 loss = closure()
         devices = {p.device.index for group in self.param_groups for p in group["params"] if p.is_cuda}
-        with torch.random.fork_rng(devices=sorted(devices)):
+        # torch's cache on disk takes an 8-bit state inside a DTensor for a plain one, and would run the wrong code on it
+        uncached = torch._functorch.config.patch(enable_autograd_cache=False)
+        with uncached, torch.random.fork_rng(devices=sorted(devices)):
             # the same on all ranks: replicas must stay alike, and shards hold different weights anyway
             torch.manual_seed(generator(self.seed, "stochastic_rounding", self.steps_taken()).initial_seed())
             super().step()  # type: ignore[misc]
@@ -56,7 +59,7 @@ class _Reproducible:
         for number, parameter in zip(stored, parameters, strict=True):
             for name in MOMENTS:
                 value = state_dict["state"].get(number, {}).get(name)
-                if value is not None and not is_quantised(value):
+                if value is not None:
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
 
 
@@ -81,6 +84,11 @@ class AdamW8bit(_Reproducible, torchao.optim.AdamW8bit):
     ) -> None:
         self.seed = seed
         super().__init__(groups, betas=betas, eps=eps, bf16_stochastic_round=stochastic_rounding)
+
+    @staticmethod
+    def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> Tensor:
+        # float32 to the outside whatever the weights are: as the local part of a DTensor it forgets any other type
+        return OptimState8bit.zeros(p.shape, signed, block_size, p.device, dtype=torch.float32)
 
 
 class RoundedAdamW(_Reproducible, torchao.optim._AdamW):
