@@ -81,7 +81,7 @@ def check_value(key: str, value: Any, hint: Any) -> None:
     elif isinstance(value, list):
         for index, item in enumerate(value):
             if isinstance(item, dict):
-                check_value(f"{key}[{index}]", item, Any)
+                check_value(f"{key}[{index}]", item, item_hint(hint))
     elif isinstance(value, dict):
         for name, item in value.items():
             if isinstance(item, dict):
@@ -217,6 +217,12 @@ def is_none_allowed(hint: Any) -> bool:
 
 def is_callable_hint(hint: Any) -> bool:
     return any(typing.get_origin(member) is collections.abc.Callable for member in members(hint))
+
+
+def item_hint(hint: Any) -> Any:
+    """What the items of a list are; Any where the hint does not say."""
+    found = [typing.get_args(member) for member in members(hint) if typing.get_origin(member) in COLLECTIONS]
+    return found[0][0] if len(found) == 1 and len(found[0]) == 1 else Any
 
 
 def dataclass_of(hint: Any) -> type | None:

@@ -1,5 +1,7 @@
 """The flow-matching stage against a twin written out by hand, and its settings."""
 
+import json
+import math
 from pathlib import Path
 
 import lightning
@@ -9,6 +11,7 @@ import torch
 from data_modules.tinyworld.world import draw
 from zimage_lit.backbone import S3DiT, S3DiTConfig
 from zimage_lit.callbacks.ema import EMA
+from zimage_lit.callbacks.guards import StepGuard
 from zimage_lit.components import PatchPCACodec, Qwen3TextEncoder, build_tiny_qwen3
 from zimage_lit.errors import UserError
 from zimage_lit.objectives import TimestepLaw
@@ -120,12 +123,64 @@ def test_golden_losses(parts, batch, precision, tmp_path):
 GOLDEN = [1.6504038, 1.2872533, 1.1914799, 1.1168041]
 
 
+def test_bfloat16_weights_see_the_noise_and_times_of_float32_ones(parts, batch, tmp_path, monkeypatch):
+    """Under bf16-true every tensor that is made without a type is bfloat16, in which t has 256 values."""
+    seen = {"32-true": [], "bf16-true": []}
+    for precision, inputs in seen.items():
+        module = FlowMatchingModule(
+            Qwen3TextEncoder(parts / "text_encoder"),
+            PatchPCACodec(parts / "codec"),
+            backbone={"preset": "tiny", **vars(CONFIG)},
+        )
+        forward = S3DiT.forward
+        monkeypatch.setattr(
+            S3DiT, "forward", lambda self, x, t, c, f=forward, i=inputs: i.append((x, t)) or f(self, x, t, c)
+        )
+        fit(module, batch, 2, tmp_path, precision=precision)
+        monkeypatch.setattr(S3DiT, "forward", forward)
+        assert module.backbone.x_pad_token.dtype == (torch.float32 if precision == "32-true" else torch.bfloat16)
+    for (latents, t), (half_latents, half_t) in zip(seen["32-true"], seen["bf16-true"], strict=True):
+        assert torch.equal(t, half_t)
+        torch.testing.assert_close(half_latents, latents, rtol=0, atol=0.02)
+
+
 def test_gradients_are_clipped_and_the_norm_is_logged(parts, batch, tmp_path):
     module = stage(parts)
     trainer = fit(module, batch, 1, tmp_path, gradient_clip_val=1e-3)
     total = torch.stack([p.grad.norm() for p in module.backbone.parameters() if p.grad is not None]).norm()
     assert trainer.callback_metrics["train/gradient_norm"] > 1e-2
     assert total == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_sample_that_is_not_finite_costs_its_step_alone(parts, batch, tmp_path, name):
+    """Against a loop written out by hand that leaves that step out; EMA and optimiser included."""
+    good = {"image_latents": stage(parts).encode_images(batch["images"]), "captions": batch["captions"],
+            "ids": list("abcdefgh")}  # fmt: skip
+    bad = {**good, "image_latents": [x * math.nan if i == 3 else x for i, x in enumerate(good["image_latents"])]}
+    settings = OptimizerSettings(name=name, lr=1e-3, weight_decay=0.1)
+    module, guard, ema = stage(parts, optimizer=settings), StepGuard(), EMA(decay=0.5, warmup=False)
+    trainer = lightning.Trainer(
+        max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, gradient_clip_val=0.5, callbacks=[guard, ema],
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader([good, good, bad, good], batch_size=None))
+    assert guard.skipped == 1
+    (record,) = map(json.loads, (tmp_path / "guard.jsonl").read_text().splitlines())
+    assert record["step"] == 3 and record["ids"] == list("abcdefgh")
+
+    twin = stage(parts, optimizer=settings)
+    optimizer, average = build_optimizer(twin.backbone, settings), twin.backbone.state_dict()
+    average = {key: weight.clone() for key, weight in average.items()}
+    for step in (0, 1, 3):
+        optimizer.zero_grad()
+        twin.losses(good, "train", step).mean().backward()
+        torch.nn.utils.clip_grad_norm_(twin.backbone.parameters(), 0.5)
+        optimizer.step()
+        average = {key: weight.lerp(twin.backbone.state_dict()[key], 0.5) for key, weight in average.items()}
+    for key, weight in module.backbone.state_dict().items():
+        assert torch.equal(weight, twin.backbone.state_dict()[key])
+        torch.testing.assert_close(ema.average[key], average[key])
 
 
 def test_adamw_decays_matrices_only(parts):

@@ -9,6 +9,7 @@ from lightning import Callback, Trainer
 from torch import Tensor
 
 from zimage_lit.backbone.parallelize import local, own_part
+from zimage_lit.callbacks.guards import step_was_skipped
 from zimage_lit.errors import UserError
 from zimage_lit.lora import kept_weights
 
@@ -47,6 +48,8 @@ class EMA(Callback):
         if trainer.global_step == self._last_step:  # gradients are still being accumulated
             return
         self._last_step = trainer.global_step
+        if step_was_skipped(trainer):
+            return
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         weights = kept_weights(pl_module.backbone)

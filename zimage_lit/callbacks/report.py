@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ class HTMLReport(Callback):
         self._recent: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        self._recent.append(float(outputs["loss"]))
+        loss = float(outputs["loss"])
+        if math.isfinite(loss):  # of a step that was skipped
+            self._recent.append(loss)
         if trainer.global_step % self.every_n_steps == 0:
             self.add_point(trainer.global_step)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 def uniform(n: int, generator: torch.Generator | None = None) -> Tensor:
     """n times uniform on [0, 1), (n,) float32 on the generator's device."""
-    return torch.rand(n, generator=generator, device=_device(generator))
+    return torch.rand(n, generator=generator, device=_device(generator), dtype=torch.float32)
 
 
 def logit_normal(n: int, mean: float = 0.0, std: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
@@ -23,7 +23,7 @@ def logit_normal(n: int, mean: float = 0.0, std: float = 1.0, generator: torch.G
 
     A positive ``mean`` means more noise. Source: SD3, "rf/lognorm(mean, std)" (Esser et al., arXiv 2403.03206, §3.1).
     """
-    logits = mean + std * torch.randn(n, generator=generator, device=_device(generator))
+    logits = mean + std * torch.randn(n, generator=generator, device=_device(generator), dtype=torch.float32)
     return torch.sigmoid(-logits)  # t = 1 − sigmoid(logit sigma), without the cancellation
 
 

@@ -50,6 +50,8 @@ class FlowMatchingModule(LightningModule):
         sharded as well: made without memory, and filled part by part.
     """
 
+    hands_over_gradient_norm = True  # to callbacks that have `on_gradient_norm`
+
     def __init__(
         self,
         text_encoder: TextEncoder,
@@ -121,7 +123,7 @@ class FlowMatchingModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_base(checkpoint)
-        check_continues(checkpoint, self.backbone, self.optimizer_settings.name)
+        check_continues(checkpoint, self.backbone, self.optimizer_settings)
 
     def check_base(self, checkpoint: dict[str, Any]) -> None:
         """UserError where the adapters of a checkpoint were trained on other frozen weights than those here."""
@@ -158,14 +160,13 @@ class FlowMatchingModule(LightningModule):
             return generator(self.seed, f"{phase}/{purpose}", step, self.global_rank)
 
         data = batch["image_latents"] if "image_latents" in batch else self.encode_images(batch["images"])
-        dropped = torch.rand(len(data), generator=draw("caption_dropout")) < (
-            self.caption_dropout if phase == "train" else 0.0
-        )
+        rate = self.caption_dropout if phase == "train" else 0.0
+        dropped = torch.rand(len(data), generator=draw("caption_dropout"), dtype=torch.float32) < rate
         features = self.encode_captions(batch, dropped.tolist())
         patch_area = self.config.patch_size**2
         t = self.timesteps.sample([x[0].numel() // patch_area for x in data], draw("timesteps")).to(self.device)
         noise_source = draw("noise")
-        noise = [torch.randn(x.shape, generator=noise_source).to(self.device) for x in data]
+        noise = [torch.randn(x.shape, generator=noise_source, dtype=torch.float32).to(self.device) for x in data]
 
         noisy = flow_matching.interpolate(noise, data, t)
         predicted = self.backbone(noisy, t, features)
@@ -205,6 +206,9 @@ class FlowMatchingModule(LightningModule):
         if isinstance(norm, DTensor):  # of all shards together, still in parts
             norm = norm.full_tensor()
         self.log("train/gradient_norm", norm)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+            if hasattr(callback, "on_gradient_norm"):
+                callback.on_gradient_norm(self.trainer, self, optimizer, norm)
 
     def total_steps(self) -> int:
         """Optimiser steps of the run, which a learning rate that decays must know; 0 where it has no end."""
@@ -222,7 +226,7 @@ class FlowMatchingModule(LightningModule):
         total_steps = self.total_steps()
         if self.lora:
             check_adapter_types(self.backbone)
-        optimizer = build_optimizer(self.backbone, self.optimizer_settings)
+        optimizer = build_optimizer(self.backbone, self.optimizer_settings, self.seed)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, total_steps, self.optimizer_settings)
         )

@@ -3,6 +3,7 @@
 What is read from checkpoints is checked here too, so that a wrong one is named before Lightning trips over it.
 """
 
+import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError
 from zimage_lit.lora import is_adapter, kept_weights
 from zimage_lit.sharded_checkpoints import ShardedTensors, is_sharded, read_sharded
+from zimage_lit.stages.optimizers import OptimizerSettings, kind_of_states
 
 PREFIX = "backbone."  # of the backbone's tensors in a checkpoint
 
@@ -109,7 +111,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}.")
     try:
+        allow_low_bit_states(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
     except Exception as error:  # a torn file makes the unpickler raise all kinds, none of which names the file
         raise UserError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}): name a whole one, or start over."
@@ -119,15 +124,26 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer_name: str) -> None:
+def allow_low_bit_states(path: Path) -> None:
+    """torch reads 8-bit optimiser states only where torchao, which says that they are harmless, has been imported."""
+    if any(name.startswith("torchao.") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)):
+        try:
+            importlib.import_module("torchao.optim")
+        except ImportError as error:
+            raise UserError(
+                f"{path} holds 8-bit optimiser states: pip install 'zimage-lit[8bit]' to read it."
+            ) from error
+
+
+def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer: OptimizerSettings) -> None:
     """Raise UserError where a run of this backbone and optimiser cannot go on from the checkpoint."""
     weights = {name: w for name, w in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
     check_weights(weights, {f"{PREFIX}{name}": weight for name, weight in kept_weights(backbone).items()})
     for state in checkpoint.get("optimizer_states", ()):
-        found = "muon" if "pair" in state else "adamw"
-        if found != optimizer_name:
+        found = kind_of_states(state)
+        if found != optimizer.kind:
             raise UserError(
-                f"the checkpoint to continue from was trained with optimizer.name={found}, not {optimizer_name}: set "
+                f"the checkpoint to continue from was trained with optimizer.name={found}, not {optimizer.kind}: set "
                 "that back, or begin a new run from its weights with model.init_args.init_from."
             )
 

@@ -1,9 +1,13 @@
 """The optimiser and learning-rate schedule of a stage, as plain settings."""
 
+import importlib.util
 import math
+import os
+import shutil
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -13,18 +17,42 @@ from zimage_lit.errors import UserError, at_least_one
 
 
 @dataclass
-class OptimizerSettings:
-    """AdamW, or Muon with AdamW, with linear warm-up and an optional decay to zero at the end of the run."""
+class GroupSettings:
+    """What a part of the parameters has of its own; the first group whose pattern matches a name takes it."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all else
+    match: str  # pattern over the parameters' names, such as layers.*.attention.* or *.bias
+    lr_scale: float = 1.0  # times the learning rate of all; 0 keeps these parameters as they are
+    weight_decay: float | None = None  # on everything that matches; null: as outside of groups
+
+    def __post_init__(self) -> None:
+        for name in ("lr_scale", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"optimizer.groups: {name} of '{self.match}' must be 0 or more, not {value}.")
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW, AdamW with 8-bit states, or Muon with AdamW; linear warm-up, then one of four shapes of the learning rate.
+
+    wsd (warm-up, stable, decay): the peak is held until `decay_steps` before the end. Source: Hu et al., "MiniCPM",
+    arXiv 2404.06395, section 4.
+    """
+
+    # adamw8bit: moments in 8 bits (torchao); muon: Muon for the blocks' matrices, AdamW for all else
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: float = 1e-4  # peak learning rate of AdamW
     muon_lr: float = 4e-3  # peak learning rate of Muon, on AdamW's scale
     muon_ns_steps: int = 5  # Newton-Schulz iterations of Muon: fewer are cheaper and orthogonalise less exactly
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0  # on matrices only; norms, biases and pad tokens never decay
+    stochastic_rounding: bool = False  # bfloat16 weights (trainer.precision=bf16-true) that lose no small steps
+    groups: list[GroupSettings] = field(default_factory=list)  # learning rate and decay of a part of the parameters
     warmup_steps: int = 0  # optimiser steps of linear warm-up
-    decay: Literal["constant", "linear", "cosine"] = "constant"  # shape after the warm-up, down to 0 at the last step
+    decay: Literal["constant", "linear", "cosine", "wsd"] = "constant"  # shape after the warm-up, down to min_lr
+    decay_steps: float | None = None  # wsd: optimiser steps of its decay; below 1 a share of the run; null: a tenth
+    min_lr: float = 0.0  # share of the peak that is left at the last step
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "eps", "weight_decay", "warmup_steps"):
@@ -33,29 +61,130 @@ class OptimizerSettings:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optimizer.betas must lie in [0, 1), not {list(self.betas)}.")
         at_least_one("optimizer.muon_ns_steps", self.muon_ns_steps)
+        if self.decay_steps is not None and self.decay != "wsd":
+            raise UserError(f"optimizer.decay_steps belongs to decay=wsd: remove it, or change decay={self.decay}.")
+        if self.decay_steps is not None and not 0 < self.decay_steps < math.inf:
+            raise UserError(f"optimizer.decay_steps must be more than 0, not {self.decay_steps}.")
+        if not 0 <= self.min_lr <= 1 or (self.min_lr and self.decay == "constant"):
+            raise UserError(
+                f"optimizer.min_lr is the share of the peak that a decay ends with, in [0, 1]: {self.min_lr} with "
+                f"decay={self.decay} means nothing."
+            )
+        if self.stochastic_rounding and self.name == "muon":
+            raise UserError("optimizer.stochastic_rounding: muon has none, use name=adamw or adamw8bit with it.")
+        if self.needs_torchao and importlib.util.find_spec("torchao") is None:
+            raise UserError(f"optimizer.{self.torchao_key} needs torchao: pip install 'zimage-lit[8bit]'.")
+
+    @property
+    def needs_torchao(self) -> bool:
+        return self.stochastic_rounding or self.name == "adamw8bit"
+
+    @property
+    def torchao_key(self) -> str:
+        return "name=adamw8bit" if self.name == "adamw8bit" else "stochastic_rounding"
+
+    @property
+    def kind(self) -> str:
+        """What a checkpoint's optimiser states are of."""
+        return f"{self.name} with stochastic rounding" if self.stochastic_rounding else self.name
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """The optimiser over the trainable parameters of `model`."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    orthogonalised = [p for name, p in trainable if settings.name == "muon" and is_block_matrix(name, p)]
-    chosen = {id(p) for p in orthogonalised}
-    rest = [p for _, p in trainable if id(p) not in chosen]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1 and len(p) > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1 or len(p) == 1], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+def build_optimizer(model: nn.Module, settings: OptimizerSettings, seed: int = 0) -> torch.optim.Optimizer:
+    """The optimiser over the trainable parameters of `model`.   seed: of stochastic rounding.
+
+    Every group of its parameters is marked with the `kind` of the settings, by which a checkpoint is recognised.
+    Raises UserError for a group of the settings that matches nothing, and stochastic rounding of other weights than
+    bfloat16 ones.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    taken = group_parameters(trainable, settings.groups)
+    orthogonalised = {n for n, p in trainable.items() if settings.name == "muon" and is_block_matrix(n, p)}
+    adamw_groups = optimizer_groups(trainable, taken, settings, settings.lr, trainable.keys() - orthogonalised)
+    if settings.needs_torchao:
+        return torchao_adamw(adamw_groups, settings, seed)
+    adamw = torch.optim.AdamW(adamw_groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
     if settings.name == "adamw":
         return adamw
     muon = StackedMuon(
-        orthogonalised,
+        optimizer_groups(trainable, taken, settings, settings.muon_lr, orthogonalised),
         lr=settings.muon_lr,
-        weight_decay=settings.weight_decay,
         ns_steps=settings.muon_ns_steps,
         adjust_lr_fn="match_rms_adamw",
     )
     return OptimizerPair(muon, adamw)
+
+
+def group_parameters(trainable: Mapping[str, Tensor], groups: Sequence[GroupSettings]) -> dict[str, GroupSettings]:
+    """Parameter name -> its group, for those that have one."""
+    taken: dict[str, GroupSettings] = {}
+    for group in groups:
+        matched = [name for name in trainable if name not in taken and fnmatchcase(name, group.match)]
+        if not matched:
+            raise UserError(
+                f"optimizer.groups: no trained parameter that an earlier group leaves matches '{group.match}'; names "
+                f"look like {next(iter(trainable), '(none is trained)')}."
+            )
+        taken.update(dict.fromkeys(matched, group))
+    return taken
+
+
+def optimizer_groups(
+    trainable: Mapping[str, Tensor],
+    taken: Mapping[str, GroupSettings],
+    settings: OptimizerSettings,
+    lr: float,
+    names: Set[str],
+) -> list[dict[str, Any]]:
+    """torch's parameter groups over `names`, in the network's order: matrices of equal settings share one."""
+    members: dict[tuple[float, float, bool], list[Tensor]] = {(lr, settings.weight_decay, True): []}  # matrices first
+    for name, parameter in trainable.items():
+        if name not in names:
+            continue
+        group, is_matrix = taken.get(name), parameter.ndim > 1 and len(parameter) > 1
+        decay = settings.weight_decay if is_matrix else 0.0
+        if group is not None and group.weight_decay is not None:
+            decay = group.weight_decay
+        rate = lr if group is None else lr * group.lr_scale
+        members.setdefault((rate, decay, is_matrix), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay, "kind": settings.kind}
+        for (rate, decay, _), parameters in members.items()
+        if parameters
+    ]
+
+
+def torchao_adamw(groups: list[dict[str, Any]], settings: OptimizerSettings, seed: int) -> torch.optim.Optimizer:
+    """AdamW with 8-bit states, or with float32 states over bfloat16 weights."""
+    from zimage_lit.stages import low_bit
+
+    types = {parameter.dtype for group in groups for parameter in group["params"]}
+    if settings.stochastic_rounding and types != {torch.bfloat16}:
+        found = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in types))
+        raise UserError(
+            f"optimizer.stochastic_rounding rounds bfloat16 weights, and these are {found}: set "
+            "trainer.precision=bf16-true, or remove it."
+        )
+    if "cpu" in {parameter.device.type for group in groups for parameter in group["params"]} and not cpp_compiler():
+        raise UserError(
+            f"optimizer.{settings.torchao_key} compiles its step and finds no C++ compiler: install g++ or clang++, or "
+            "name one in the environment variable CXX."
+        )
+    cls = low_bit.AdamW8bit if settings.name == "adamw8bit" else low_bit.RoundedAdamW
+    return cls(groups, settings.betas, settings.eps, seed, settings.stochastic_rounding)
+
+
+def kind_of_states(state: dict[str, Any]) -> str:
+    """The `kind` of the settings whose optimiser's state this is."""
+    if "pair" in state:
+        return "muon"
+    return state["param_groups"][0].get("kind", "adamw") if state["param_groups"] else "adamw"
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would take on a CPU."""
+    return next(
+        (found for name in (os.environ.get("CXX", ""), "g++", "clang++") if (found := shutil.which(name))), None
+    )
 
 
 def is_block_matrix(name: str, parameter: Tensor) -> bool:
@@ -153,5 +282,15 @@ def learning_rate_factor(step: int, total_steps: int, settings: OptimizerSetting
         return (step + 1) / (settings.warmup_steps + 1)
     if settings.decay == "constant":
         return 1.0
-    progress = min(1.0, (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps))
-    return 1 - progress if settings.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    start = decay_start(total_steps, settings)
+    progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if settings.decay == "cosine" else 1 - progress
+    return settings.min_lr + (1 - settings.min_lr) * left
+
+
+def decay_start(total_steps: int, settings: OptimizerSettings) -> float:
+    """The optimiser step at which the learning rate begins to fall, never before the end of the warm-up."""
+    if settings.decay != "wsd":
+        return settings.warmup_steps
+    length = 0.1 if settings.decay_steps is None else settings.decay_steps
+    return max(settings.warmup_steps, total_steps - (length * total_steps if length < 1 else length))

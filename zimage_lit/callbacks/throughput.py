@@ -1,0 +1,295 @@
+"""How fast a run is, how much of the GPU that is, and what it waits for."""
+
+import resource
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import Profiler
+from torch import nn
+
+from zimage_lit.backbone import S3DiT, S3DiTConfig
+from zimage_lit.backbone.flops import padded
+from zimage_lit.errors import UserError
+from zimage_lit.hardware import peak_flops
+
+PAUSE = 5.0  # a step that takes so many times the usual one was held up: by validation, pictures, a checkpoint
+SHOWN = ("throughput/images_per_second", "throughput/mfu")  # in the progress bar
+
+
+@dataclass
+class BatchRecord:
+    """One batch: when it began, and what went through the backbone."""
+
+    began: Any  # a CUDA event, or seconds
+    waited: float  # seconds that this process has waited for data, from the start of training until then
+    forwards: list[tuple[list[int], list[int]]]  # (image tokens, caption tokens) of the samples of each forward
+
+
+@dataclass
+class Window:
+    """What happened on one rank between two points of the curves."""
+
+    seconds: float
+    pauses: float  # seconds of `PAUSE`s, not part of the above
+    waited: float
+    images: int
+    tokens: int  # of images and captions, without pads
+    packed_tokens: int  # with them
+    model_flops: float
+    executed_flops: float
+    peak_memory: float  # bytes
+
+
+class Throughput(Callback):
+    """Logs `throughput/…` whenever the run logs; all ranks together, over the steps since the last point.
+
+    images_per_second, tokens_per_second: what was trained on, tokens of images and captions without pads.
+    tflops: per device, of the model's own work: forward, backward to the inputs, and to the weights that are trained.
+    mfu: that as a share of the device's peak in bfloat16. Not shown where the peak is unknown, as on a CPU.
+    hfu: the same with what activation checkpointing computes again; only with `full`.
+    data_wait: share of the time in which the slowest process waited for its next batch.
+    padding: share of pads among the tokens that the backbone worked on.
+    pause: share of the clock spent in pauses (validation, pictures, checkpoints, compiling): steps of more than
+        five times the usual length, data apart. All else is measured without them.
+    peak_memory_gib: the most of any rank since the last point: allocated on a GPU, resident on a CPU (there since the
+        process began).
+
+    peak_tflops: the device's, in bfloat16; None takes it from a table by the device's name.
+
+    The work is counted from the lengths of the samples that pass through the backbone in training. Time on a GPU is
+    taken by events, which nobody waits for before a point of the curves is due.
+    """
+
+    def __init__(self, peak_tflops: float | None = None) -> None:
+        if peak_tflops is not None and not peak_tflops > 0:
+            raise UserError(f"Throughput: peak_tflops must be more than 0 (or null), not {peak_tflops}.")
+        self.peak_tflops = peak_tflops
+        self._records: list[BatchRecord] = []
+        self._last_step = 0
+        self._clock = FetchClock(None)
+        self._hook: Any = None
+        self._work: TrainingWork | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._clock = trainer.profiler = FetchClock(trainer.profiler)  # type: ignore[attr-defined]  # the public place that sees every fetch
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._records, self._last_step = [], trainer.global_step
+        networks = [module for module in pl_module.modules() if isinstance(module, S3DiT)]
+        if networks:  # a module of another kind has its waiting and memory logged, and no work
+            settings = getattr(pl_module, "parallelize", None)
+            again = getattr(settings, "activation_checkpointing", "none") == "full"
+            self._work = TrainingWork(networks[0], again)
+            self._hook = networks[0].register_forward_pre_hook(self._count)
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._records.append(BatchRecord(now(trainer.strategy.root_device), self._clock.waited, []))
+
+    def _count(self, network: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if network.training and torch.is_grad_enabled() and self._records and self._work is not None:
+            latents, _, captions = arguments
+            area = self._work.config.patch_size**2
+            lengths = [latent[0].numel() // area for latent in latents], [len(caption) for caption in captions]
+            self._records[-1].forwards.append(lengths)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        stepped = trainer.global_step != self._last_step  # else gradients are still being accumulated
+        self._last_step = trainer.global_step
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+        is_due = stepped and every and trainer.global_step % every == 0
+        if is_due and len(self._records) > 1:  # a batch ends where the next one begins: the one at hand has no end yet
+            window = self.window(trainer.strategy.root_device)
+            self._records = self._records[-1:]
+            measured = self.measured(trainer, window)
+            for name, value in measured.items():
+                pl_module.log(name, value, prog_bar=name in SHOWN)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def window(self, device: torch.device) -> Window:
+        """This rank's figures from its records."""
+        lasted = [seconds_between(a.began, b.began) for a, b in zip(self._records, self._records[1:], strict=False)]
+        waits = [b.waited - a.waited for a, b in zip(self._records, self._records[1:], strict=False)]
+        busy = [max(0.0, whole - wait) for whole, wait in zip(lasted, waits, strict=True)]
+        limit = PAUSE * statistics.median(busy)
+        kept = [place for place, seconds in enumerate(busy) if seconds <= limit]
+        forwards = [lengths for place in kept for lengths in self._records[place].forwards]
+        multiple = self._work.config.pad_multiple if self._work else 1
+        sizes = [size for lengths in forwards for part in lengths for size in part]
+        work = [self._work.flops(*lengths) for lengths in forwards] if self._work else []
+        return Window(
+            seconds=sum(lasted[place] for place in kept),
+            pauses=sum(lasted) - sum(lasted[place] for place in kept),
+            waited=sum(waits[place] for place in kept),
+            images=sum(len(images) for images, _ in forwards),
+            tokens=sum(sizes),
+            packed_tokens=sum(padded(size, multiple) for size in sizes),
+            model_flops=sum(model for model, _ in work),
+            executed_flops=sum(executed for _, executed in work),
+            peak_memory=peak_memory(device),
+        )
+
+    def measured(self, trainer: Trainer, own: Window) -> dict[str, float]:
+        """Name -> value, of all ranks together."""
+        fields = list(vars(own))
+        rows = [list(vars(own).values())]
+        if trainer.world_size > 1:
+            sent = torch.tensor(rows[0], dtype=torch.float64, device=trainer.strategy.root_device)
+            rows = trainer.strategy.all_gather(sent).tolist()
+        total = Window(**{name: sum(row[place] for row in rows) for place, name in enumerate(fields)})
+        most = Window(**{name: max(row[place] for row in rows) for place, name in enumerate(fields)})
+        seconds = max(most.seconds, 1e-9)
+        values = {"data_wait": most.waited / seconds, "pause": most.pauses / (most.pauses + seconds)}
+        values["peak_memory_gib"] = most.peak_memory / 2**30
+        if total.images:
+            values["images_per_second"] = total.images / seconds
+            values["tokens_per_second"] = total.tokens / seconds
+            values["padding"] = 1 - total.tokens / total.packed_tokens
+            values["tflops"] = total.model_flops / seconds / len(rows) / 1e12
+            peak = self.peak(trainer.strategy.root_device)
+            if peak is not None:
+                values["mfu"] = total.model_flops / seconds / len(rows) / peak
+                if total.executed_flops > total.model_flops:
+                    values["hfu"] = total.executed_flops / seconds / len(rows) / peak
+        return {f"throughput/{name}": value for name, value in values.items()}
+
+    def peak(self, device: torch.device) -> float | None:
+        if self.peak_tflops is not None:
+            return self.peak_tflops * 1e12
+        return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+class TrainingWork:
+    """Operations of a training step, from the network as it is trained: whole, or frozen with LoRA.
+
+    A matrix costs 2 operations an element and token in the forward, as much for the gradient of its input, and as much
+    again for its own if it is trained; attention, which has no weights, three forwards' worth. Where nothing is frozen
+    that is three times `backbone.flops.forward_flops`. Norms, gates and the like are not counted.
+
+    again: every block's forward is computed once more in the backward pass.
+    """
+
+    def __init__(self, network: S3DiT, again: bool = False) -> None:
+        self.config, self.again = network.config, again
+        self.sizes: Counter[str] = Counter()  # elements of the matrices that see the same tokens
+        self.trained: Counter[str] = Counter()  # those of them that are trained
+        for name, parameter in network.named_parameters():
+            if parameter.ndim > 1 and not name.endswith("pad_token"):
+                self.sizes[tokens_seen(name)] += parameter.numel()
+                self.trained[tokens_seen(name)] += parameter.numel() * parameter.requires_grad
+
+    def flops(self, image_tokens: Sequence[int], caption_tokens: Sequence[int]) -> tuple[int, int]:
+        """(the model's own, those executed) of one training step over these samples."""
+        images = sum(padded(tokens, self.config.pad_multiple) for tokens in image_tokens)
+        captions = sum(padded(tokens, self.config.pad_multiple) for tokens in caption_tokens)
+        tokens = {
+            "samples": len(image_tokens),
+            "real images": sum(image_tokens),
+            "real captions": sum(caption_tokens),
+            "images": images,
+            "captions": captions,
+            "both": images + captions,
+        }
+        forward = sum(2 * size * tokens[seen] for seen, size in self.sizes.items())
+        own_gradients = sum(2 * size * tokens[seen] for seen, size in self.trained.items())
+        attention = attention_flops(self.config, image_tokens, caption_tokens)
+        model = 2 * forward + own_gradients + 3 * attention
+        return model, model + (forward + attention if self.again else 0)
+
+
+def tokens_seen(name: str) -> str:
+    """Which tokens pass through the matrix of this name, be it one of LoRA's."""
+    if "adaLN_modulation" in name or name.startswith("t_embedder"):
+        return "samples"
+    places = {
+        "all_x_embedder": "real images",
+        "cap_embedder": "real captions",
+        "noise_refiner": "images",
+        "all_final_layer": "images",
+        "context_refiner": "captions",
+    }
+    return places.get(name.partition(".")[0], "both")
+
+
+def attention_flops(config: S3DiTConfig, image_tokens: Sequence[int], caption_tokens: Sequence[int]) -> int:
+    """The two products of attention, of one forward; a part of `backbone.flops.forward_flops`."""
+    images = [padded(tokens, config.pad_multiple) for tokens in image_tokens]
+    captions = [padded(tokens, config.pad_multiple) for tokens in caption_tokens]
+    refined = sum(length**2 for length in [*images, *captions])
+    whole = sum((image + caption) ** 2 for image, caption in zip(images, captions, strict=True))
+    return 4 * config.dim * (config.n_refiner_layers * refined + config.n_layers * whole)
+
+
+class FetchClock(Profiler):
+    """Measures how long the training waits for batches, and passes everything on to the profiler that it stands for."""
+
+    def __init__(self, wrapped: Profiler | None) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+        self.waited = 0.0  # seconds
+        self._began = 0.0
+
+    def start(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next"):
+            self._began = time.perf_counter()
+        if self.wrapped is not None:
+            self.wrapped.start(action_name)
+
+    def stop(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next"):
+            self.waited += time.perf_counter() - self._began
+        if self.wrapped is not None:
+            self.wrapped.stop(action_name)
+
+    def summary(self) -> str:
+        return self.wrapped.summary() if self.wrapped is not None else ""
+
+    def describe(self) -> None:
+        if self.wrapped is not None:
+            self.wrapped.describe()
+
+    def setup(self, *arguments: Any, **named: Any) -> None:
+        if self.wrapped is not None:
+            self.wrapped.setup(*arguments, **named)
+
+    def teardown(self, *arguments: Any, **named: Any) -> None:
+        if self.wrapped is not None:
+            self.wrapped.teardown(*arguments, **named)
+
+
+def now(device: torch.device) -> Any:
+    """A point in time: on a GPU the one at which it will have done what it has been given so far."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(first: Any, second: Any) -> float:
+    if isinstance(first, float):
+        return second - first
+    second.synchronize()
+    return first.elapsed_time(second) / 1000
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024
