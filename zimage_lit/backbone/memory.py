@@ -14,14 +14,14 @@ network, f that of the feed-forward, a row of the table one tensor that somebody
     silu(w1) * w3, w2                   both factors, w1 before silu, their product: 4 f
     ffn_norm2                           its input: d                         on a GPU also normalised: d
 
-That is 18 d + 4 f on a GPU, where torch's fused norm and the product with its scale each keep their input, and 12 d + 4 f
-on a CPU, where the norm is a function of our own. Small beside these: a float32 number a row and norm, one a head for
-attention, and eight tensors of a number a chunk for the modulation. The plain attention of a CPU in bfloat16 also keeps
+That is 18 d + 4 f a token on a GPU, where torch's fused norm and the product with its scale each keep their input, and
+12 d + 4 f on a CPU, where the norm is a function of our own. Small beside these: a float32 number a row and norm, one a
+head for attention, and eight rows of d a chunk for the modulation. The plain attention of a CPU in bfloat16 also keeps
 its weights, heads * length^2 a sample.
 
-Frozen weights (LoRA) need no inputs, so what only a weight's gradient reads is not kept; each adapter keeps its own copy
-of its input. With "selective" checkpointing a block keeps its input and the results of products and of attention, with
-"full" its input alone; the rest is there for one block at a time, while it is computed again.
+Frozen weights (LoRA) need no inputs, so what only a weight's gradient reads is not kept; each adapter keeps its own
+copy of its input. With "selective" checkpointing a block keeps its input and the results of products and of attention,
+with "full" its input alone; the rest is there for one block at a time, while it is computed again.
 
 All of this is for eager blocks. Compiled ones keep less, for the compiler too computes cheap things again.
 """
@@ -128,7 +128,7 @@ def block_bytes(config: S3DiTConfig, samples: Sequence[int], modulated: bool, ke
 
 
 def adapter_bytes(config: S3DiTConfig, target: str, keeping: Keeping) -> int:
-    """What one adapter keeps a token: its input in the type it computes in, and the narrow result of its inner matrix."""
+    """What one adapter keeps a token: its input, in the type it computes in, and its narrow inner result."""
     assert keeping.adapters is not None
     before, after = adapted_sizes(config, target)
     kept = (before + keeping.adapters.rank) * keeping.adapter_width
