@@ -13,7 +13,7 @@ parts add up to the peak.
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 from zimage_lit.backbone.memory import activation_bytes, working_bytes
 from zimage_lit.callbacks.throughput import TrainingWork
@@ -104,7 +105,9 @@ def make_plan(training: Training, asked: PlanSettings) -> Plan:
     again = training.keeping.checkpointing == "full"
     _, executed = TrainingWork(training.backbone, again).flops(training.images, training.captions)
     flops = executed * training.accumulate
-    peak = asked.peak_tflops * 1e12 if asked.peak_tflops else peak_flops(asked.gpu)
+    peak = peak_flops(asked.gpu) if training.on_gpu else None
+    if asked.peak_tflops:
+        peak = asked.peak_tflops * 1e12
     seconds = flops / (peak * asked.mfu) if peak else None
     hours = training.steps * training.devices * seconds / 3600 if seconds and training.steps else None
     return Plan(
@@ -129,50 +132,65 @@ def memory_parts(training: Training) -> dict[str, int]:
     """Part -> bytes on one device; together they are the peak of a step, see the head of this file."""
     backbone, shards = training.backbone, training.shards
     trained = [p for p in backbone.parameters() if p.requires_grad]
-    weights = tensor_bytes(backbone.parameters()) // shards
     gradients = tensor_bytes(trained) // shards
     activations = activation_bytes(backbone.config, training.images, training.captions, training.keeping)
     working = working_bytes(backbone.config, training.images, training.captions, training.keeping)
+    copies, copies_later = copies_bytes(training)
     moments = {
-        "end of the forward pass": gradients + activations,
-        "backward pass begins": activations + working + (gradients if training.accumulate > 1 else 0),
-        "backward pass ends": gradients + working,
-        "optimiser's step": gradients + optimizer_working_bytes(training),
+        "the forward pass ends": gradients + activations + copies,
+        "the backward pass begins": activations + working + copies_later + gradients * (training.accumulate > 1),
+        "the backward pass ends": gradients + working + copies_later,
+        "the optimiser steps": gradients + optimizer_working_bytes(training),
     }
     return {
-        "weights": weights,
-        "weights in bfloat16" if training.strategy != "fsdp2" else "gathered blocks": copies_bytes(training),
-        "gradients": gradients * (2 if training.strategy == "ddp" else 1),  # DDP's buckets are as large again
+        "weights": tensor_bytes(backbone.parameters()) // shards,
+        "gathered blocks" if training.strategy == "fsdp2" else "weights in bfloat16": copies,
+        "gradients": gradients,
+        "gradients once more (DDP)": gradients if training.strategy == "ddp" else 0,  # in the buckets that are summed
         "optimiser states": optimizer_bytes(training) // shards,
         "average of the weights": tensor_bytes(kept_weights(backbone).values()) // shards if training.average else 0,
         "activations": activations,
-        "working memory": max(moments.values()) - gradients - activations,
+        "working memory": max(moments.values()) - gradients - activations - copies,
         "text encoder and codec": training.frozen,
     }
 
 
-def tensor_bytes(tensors: Any) -> int:
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def copies_bytes(training: Training) -> int:
-    """Weights in the type of the products, beside those that are kept.
+def copies_bytes(training: Training) -> tuple[int, int]:
+    """Weights in the type of the products, beside those that are kept: in the forward pass, in the backward pass.
 
-    Autocast casts a float32 matrix at its first use and keeps the copy until the forward pass is over, or, where the
-    backward pass will read it, until that is. FSDP2 gathers a block at a time, and the next one while this one is at
-    work; in the backward pass there is one block's gradient too, and once more in the type that ranks sum it in.
+    Autocast keeps a copy of each float32 matrix that is trained until the forward pass is over, and where the backward
+    pass reads it, until that is: with checkpointing it makes a block's copies anew. FSDP2 gathers a block at a time,
+    and the next one while this one is at work; in the backward pass there is also one block's gradient, and once more
+    in the float32 that ranks sum it in.
     """
     backbone, width = training.backbone, training.keeping.width
-    if training.strategy != "fsdp2":
-        if not training.keeping.autocast:
-            return 0
-        wide = (p for p in backbone.parameters() if p.ndim > 1 and p.dtype == torch.float32)
-        return sum(p.numel() for p in wide) * width
     blocks = [*backbone.layers, *backbone.noise_refiner, *backbone.context_refiner]
-    largest = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
-    trained = max((sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks), default=0)
-    root = sum(p.numel() for p in backbone.parameters()) - sum(p.numel() for b in blocks for p in b.parameters())
-    return (2 * largest + root) * width + trained * (width + 4)
+    if training.strategy == "fsdp2":
+        largest = max((count(block.parameters()) for block in blocks), default=0)
+        trained = max((count(p for p in block.parameters() if p.requires_grad) for block in blocks), default=0)
+        root = count(backbone.parameters()) - sum(count(block.parameters()) for block in blocks)
+        gathered = (2 * largest + root) * width
+        return gathered, gathered + trained * (width + 4)
+    if not training.keeping.autocast:
+        return 0, 0
+    everything = count(cast_matrices(backbone)) * width
+    if training.keeping.checkpointing == "none":
+        return everything, everything
+    one_block = max((count(cast_matrices(block)) for block in blocks), default=0) * width
+    kept = count(p for p in cast_matrices(backbone) if p.requires_grad) * width
+    return max(kept, one_block), one_block
+
+
+def cast_matrices(module: nn.Module) -> Iterator[Tensor]:
+    return (p for p in module.parameters() if p.ndim > 1 and p.dtype == torch.float32)
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def optimizer_bytes(training: Training) -> int:
@@ -291,10 +309,10 @@ def show(asked: PlanSettings, training: Training, found: Plan, attempts: list[At
     table.add_column("GiB", justify="right")
     for part, size in found.memory.items():
         if size:
-            table.add_row(part, f"{size / GIB:.2f}")
+            table.add_row(part, f"{size / GIB:.3f}")
     rest = found.total - sum(found.memory.values())
-    table.add_row("gaps between blocks, CUDA", f"{rest / GIB:.2f}", end_section=True)
-    table.add_row("together", f"{found.total / GIB:.2f}", style="bold")
+    table.add_row("gaps between blocks, CUDA", f"{rest / GIB:.3f}", end_section=True)
+    table.add_row("together", f"{found.total / GIB:.3f}", style="bold")
     console.print(table)
     spare = asked.gpu_memory - found.total / GIB
     console.print(f"fits, {spare:.1f} GiB to spare" if found.fits else f"does not fit: {-spare:.1f} GiB too much")
@@ -320,9 +338,9 @@ def show_attempts(console: Console, attempts: list[Attempt]) -> None:
 
 
 def show_cost(console: Console, asked: PlanSettings, found: Plan) -> None:
-    console.print(f"{found.flops / 1e12:,.1f} TFLOP a step and device")
+    console.print(f"{found.flops / 1e12:,.4g} TFLOP a step and device")
     if found.step_seconds is None:
-        console.print(f"what a {asked.gpu} can do at best is not known: give peak_tflops to see time and cost")
+        console.print("what the device can do at best is not known: give peak_tflops to see time and cost")
         return
     rate = found.images / found.step_seconds
     console.print(

@@ -98,7 +98,7 @@ def read_training(config: Mapping[str, Any], devices: int | None = None, caption
         autocast=precision == "bf16-mixed",
         on_gpu=trainer.get("accelerator") != "cpu",
         checkpointing=parallelize.activation_checkpointing,
-        adapters=lora and Adapters(lora.rank, adapted(backbone), lora.refiners, lora.dora, lora.dropout > 0),
+        adapters=adapters_of(lora, backbone),
     )
     images, captions = largest_batch(data, caption_tokens)
     return Training(
@@ -126,10 +126,13 @@ def meta_backbone(settings: Any, lora: LoRASettings | None, precision: str) -> S
     return apply_lora(backbone, lora) if lora else backbone
 
 
-def adapted(backbone: S3DiT) -> frozenset[str]:
+def adapters_of(lora: LoRASettings | None, backbone: S3DiT) -> Adapters | None:
     """Which of a block's matrices have adapters; those of the modulation work on samples, not on tokens."""
+    if lora is None:
+        return None
     ends = {name.split(".", 3)[-1] for name in lora_layers(backbone)}
-    return frozenset(end for end in ends if not end.startswith("adaLN"))
+    targets = frozenset(end for end in ends if not end.startswith("adaLN"))
+    return Adapters(lora.rank, targets, lora.refiners, lora.dora, lora.dropout > 0)
 
 
 def device_count(trainer: Mapping[str, Any]) -> int:
