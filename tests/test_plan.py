@@ -123,6 +123,11 @@ def test_shards_replicas_and_copies_are_told_apart() -> None:
             parts(devices, strategy)
 
 
+def test_muon_is_not_planned_in_shards() -> None:
+    with pytest.raises(UserError, match="muon needs whole matrices"):
+        read_training(config(trainer={"strategy": "fsdp2"}, model={"optimizer": {"name": "muon"}}), devices=4)
+
+
 def hybrid_of(replicate: int) -> dict[str, Any]:
     return {"class_path": "zimage_lit.strategies.FSDP2Strategy", "init_args": {"replicate": replicate}}
 

@@ -3,11 +3,11 @@
 The backbone is built on the meta device, where it has sizes and no values; memory and work follow from these sizes and
 from the lengths of the longest samples. Nothing is loaded, downloaded or trained.
 
-A GPU's memory is most in use at one of three moments of a step: at the end of the forward pass (all activations, and
-the gradients of the step before, which Lightning frees only then), in the backward pass (activations, then gradients,
-and what one block needs to work), and in the optimiser's step (gradients, and what that step needs). The part "working
-memory" is what the largest of the three needs beyond weights, states, gradients and activations together, so that the
-parts add up to the peak.
+A GPU's memory is most in use at one of a few moments: at the end of the forward pass (all activations, and the
+gradients of the step before, which Lightning frees only then), in the backward pass (activations, then gradients, and
+what one block needs to work), in the optimiser's step, or between steps, when pictures are drawn. The part "working
+memory" is what the largest of them needs beyond weights, states, gradients and activations together, so that the parts
+add up to the peak. Not counted are pictures on their way through the codec, which pass before there are activations.
 """
 
 import json
@@ -136,11 +136,13 @@ def memory_parts(training: Training) -> dict[str, int]:
     activations = activation_bytes(backbone.config, training.images, training.captions, training.keeping)
     working = working_bytes(backbone.config, training.images, training.captions, training.keeping)
     copies, copies_later = copies_bytes(training)
+    average = tensor_bytes(kept_weights(backbone).values()) // shards if training.average else 0
     moments = {
         "the forward pass ends": gradients + activations + copies,
         "the backward pass begins": activations + working + copies_later + gradients * (training.accumulate > 1),
         "the backward pass ends": gradients + working + copies_later,
         "the optimiser steps": gradients + optimizer_working_bytes(training),
+        "pictures are drawn": gradients + average,  # with the average in the weights' place, which wait beside it
     }
     return {
         "weights": tensor_bytes(backbone.parameters()) // shards,
@@ -148,7 +150,7 @@ def memory_parts(training: Training) -> dict[str, int]:
         "gradients": gradients,
         "gradients once more (DDP)": gradients if training.strategy == "ddp" else 0,  # in the buckets that are summed
         "optimiser states": optimizer_bytes(training) // shards,
-        "average of the weights": tensor_bytes(kept_weights(backbone).values()) // shards if training.average else 0,
+        "average of the weights": average,
         "activations": activations,
         "working memory": max(moments.values()) - gradients - activations - copies,
         "text encoder and codec": training.frozen,
@@ -269,7 +271,7 @@ def changes(config: Mapping[str, Any], training: Training) -> Iterator[tuple[str
         count, size, accumulate = count // 2, size // 2, accumulate * 2
         smaller = [f"data.init_args.{name}={size}", f"trainer.accumulate_grad_batches={accumulate}"]
         yield f"batches of half the size, {accumulate} a step", smaller, devices
-    if training.optimizer.get("name", "adamw") == "adamw" and training.keeping.adapters is None:
+    if training.optimizer.get("name", "adamw") != "adamw8bit" and training.keeping.adapters is None:
         yield "8-bit optimiser states", [f"{OPTIMIZER}=adamw8bit"], devices
     if devices > 1 and training.strategy != "fsdp2":
         yield "shards (FSDP2)", ["trainer.strategy=fsdp2"], devices

@@ -100,6 +100,9 @@ def read_training(config: Mapping[str, Any], devices: int | None = None, caption
         checkpointing=parallelize.activation_checkpointing,
         adapters=adapters_of(lora, backbone),
     )
+    optimizer = model.get("optimizer") or {}
+    if strategy == "fsdp2" and optimizer.get("name") == "muon":
+        raise UserError("optimizer.name=muon needs whole matrices, which trainer.strategy=fsdp2 cuts: set it to adamw.")
     images, captions = largest_batch(data, caption_tokens)
     return Training(
         backbone=backbone,
@@ -109,7 +112,7 @@ def read_training(config: Mapping[str, Any], devices: int | None = None, caption
         devices=devices,
         shards=devices // replicate if strategy == "fsdp2" else 1,
         keeping=keeping,
-        optimizer=model.get("optimizer") or {},
+        optimizer=optimizer,
         average=any(class_name(callback) == "EMA" for callback in callbacks(trainer)),
         frozen=frozen_bytes(model, data),
         accumulate=int(trainer.get("accumulate_grad_batches") or 1),
