@@ -4,7 +4,6 @@ The photographs are made up and the model is tiny. What the page says of real si
 SMALL, added to the page's own commands; nothing else is changed but the port of its web server.
 """
 
-import io
 import json
 import re
 import shlex
@@ -12,24 +11,18 @@ import shutil
 import socket
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
+from docs_pages import DOCS, blocks_of, commands, lightning_run, photograph, write_pipeline
 from safetensors.torch import load_file
 
 from data_modules.manifest import read_manifest
-from zimage_lit import cli
-from zimage_lit.backbone import S3DiT, S3DiTConfig
-from zimage_lit.components import PatchPCACodec, build_tiny_qwen3
 from zimage_lit.pipeline import ZImagePipeline, load_pipeline
 
-PAGE = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+PAGE = (DOCS / "data.md").read_text(encoding="utf-8")
+BLOCKS = blocks_of("data.md")
 PORT = "8000"  # of the page's web server
 SMALL = {
     "prepare": ["num_workers=1"],
@@ -60,15 +53,6 @@ def blocks(language: str) -> list[str]:
     return [content for name, content in BLOCKS if name == language]
 
 
-def photograph(index: int) -> Image.Image:
-    """A sky above a sea, of a size of its own."""
-    dice = np.random.default_rng(index)
-    width, height = dice.integers(80, 200, 2).tolist()
-    picture = np.empty((height, width, 3), dtype=np.uint8)
-    picture[: height // 2], picture[height // 2 :] = dice.integers(0, 256, (2, 3))
-    return Image.fromarray(picture)
-
-
 def write_photographs(folder: Path) -> None:
     """24 good ones with their captions, and 6 that cannot be used."""
     (folder / "2024").mkdir(parents=True)
@@ -86,20 +70,6 @@ def write_photographs(folder: Path) -> None:
     for name in ("half", "renamed", "thumbnail", "alone"):
         (folder / f"{name}.txt").write_text("a harbour")
     (folder / "silent.txt").write_text("  \n")
-
-
-def write_pipeline(folder: Path) -> None:
-    """The layout of a real one; as `lightning run quickstart` exports it, but smaller and untrained."""
-    config = S3DiTConfig(**{**vars(S3DiTConfig.preset("tiny")), "n_layers": 1})
-    pixels = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    torch.manual_seed(0)
-    ZImagePipeline(
-        S3DiT(config),
-        build_tiny_qwen3(folder.parent / "parts/text", ["a harbour at dusk with boats"]),
-        PatchPCACodec.fit(pixels, folder.parent / "parts/codec"),
-        height=64,
-        width=64,
-    ).save_pretrained(folder)
 
 
 def free_port() -> str:
@@ -148,24 +118,6 @@ class Walk:
         code, printed = lightning_run([*words, *small])
         assert code == 0, f"{shlex.join(words)}\n{printed}"
         return printed
-
-
-def commands(block: str) -> list[str]:
-    """A block's commands; one goes on behind a backslash and up to the end of its here-document."""
-    found = [""]
-    for line in block.splitlines(keepends=True):
-        found[-1] += line
-        in_document = "<<'END'" in found[-1] and not found[-1].endswith("\nEND\n")
-        if not in_document and not line.endswith("\\\n"):
-            found.append("")
-    return found[:-1]
-
-
-def lightning_run(words: list[str]) -> tuple[int, str]:
-    """(exit code, what was printed)."""
-    with redirect_stdout(io.StringIO()) as printed, redirect_stderr(printed):
-        code = cli.main(["run", *words])
-    return code, printed.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ class Task:
     description: str
     function: str  # "module:function", called with the settings as a dict
     settings: str  # the dataclass, in the same module, that documents the settings
+    of_experiment: bool = False  # takes an experiment's name first, and changes of that experiment among its settings
 
 
 TASKS = {
@@ -54,6 +55,7 @@ TASKS = {
     "export": Task("a run's weights as files for other programs", "zimage_lit.export:export_task", "ExportSettings"),
     "merge": Task("variants of a model into one", "zimage_lit.merge:merge_task", "MergeSettings"),
     "generate": Task("pictures from prompts", "zimage_lit.pipeline:generate_task", "GenerateSettings"),
+    "plan": Task("memory, time and cost of an experiment", "zimage_lit.plan:plan_task", "PlanSettings", True),
 }
 # What libraries say on every run and nobody at the keyboard can act upon.
 IDLE_WARNINGS = (
@@ -62,6 +64,8 @@ IDLE_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",
     "Total length of `list` across ranks is zero",  # data without a validation split
 )
+
+EXPERIMENT_SECTIONS = ("run", "seed_everything", "trainer", "model", "data")
 
 USAGE = """\
 usage: {program} run NAME [key=value …]    run an experiment or a task
@@ -250,15 +254,26 @@ def run_task(name: str, overrides: list[str], options: list[str], program: str) 
     task = TASKS[name]
     module_name, _, function_name = task.function.partition(":")
     if set(options) - {"--print-config"}:
-        print(f"{name}: {task.description}\n\nusage: {program} run {name} [key=value …]\n")
+        usage = f"{name} EXPERIMENT" if task.of_experiment else name
+        print(f"{name}: {task.description}\n\nusage: {program} run {usage} [key=value …]\n")
         print(setting_lines(module_name, task.settings))
         return 0
-    settings, module = parse_overrides(overrides), importlib.import_module(module_name)
+    settings = experiment_settings(overrides) if task.of_experiment else parse_overrides(overrides)
+    module = importlib.import_module(module_name)
     if options:
         print(to_yaml(vars(settings_from(getattr(module, task.settings), settings))), end="")
         return 0
     function: Callable[[dict[str, Any]], int | None] = getattr(module, function_name)
     return function(settings) or 0
+
+
+def experiment_settings(words: list[str]) -> dict[str, Any]:
+    """Settings of a task about an experiment: its name, given first or as experiment=, and what changes it apart."""
+    if words and "=" not in words[0]:
+        words = [f"experiment={words[0]}", *words[1:]]
+    of_experiment = [word for word in words if word.partition("=")[0].split(".")[0] in EXPERIMENT_SECTIONS]
+    settings = parse_overrides(word for word in words if word not in of_experiment)
+    return {**settings, "overrides": of_experiment} if of_experiment else settings
 
 
 def setting_lines(module_name: str, dataclass_name: str) -> str:
