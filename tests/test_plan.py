@@ -8,11 +8,11 @@ import pytest
 import torch
 from lightning import LightningDataModule, Trainer
 from live_bytes import LiveBytes
-from zimage_lit.lora import LoRASettings
 
 from zimage_lit import cli
 from zimage_lit.callbacks.ema import EMA
 from zimage_lit.errors import UserError
+from zimage_lit.lora import LoRASettings
 from zimage_lit.plan import PlanSettings, make_plan, memory_parts
 from zimage_lit.plan_inputs import read_training
 from zimage_lit.stages import FlowMatchingModule

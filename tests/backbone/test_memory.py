@@ -9,12 +9,12 @@ import torch
 from fake_gpu import fake_gpu
 from live_bytes import LiveBytes
 from torch import nn
-from zimage_lit.backbone.parallelize import ParallelizeSettings, parallelize
-from zimage_lit.lora import LoRASettings, apply_lora
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig
 from zimage_lit.backbone.memory import Adapters, Keeping, activation_bytes, working_bytes
+from zimage_lit.backbone.parallelize import ParallelizeSettings, parallelize
 from zimage_lit.backbone.rope import rotation_tables
+from zimage_lit.lora import LoRASettings, apply_lora
 
 # Wide enough that what grows with width and length outweighs the small parts, as it does at full size.
 CONFIG = S3DiTConfig(dim=384, n_heads=3, n_kv_heads=3, n_layers=5, n_refiner_layers=1, cap_feat_dim=160)

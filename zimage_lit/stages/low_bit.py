@@ -36,7 +36,7 @@ class _Reproducible:
             with torch.enable_grad():
                 loss = closure()
         devices = {p.device.index for group in self.param_groups for p in group["params"] if p.is_cuda}
-        # torch's cache on disk takes an 8-bit state inside a DTensor for a plain one, and would run the wrong code on it
+        # torch's cache on disk takes an 8-bit state inside a DTensor for a plain one and would run wrong code on it
         uncached = torch._functorch.config.patch(enable_autograd_cache=False)
         with uncached, torch.random.fork_rng(devices=sorted(devices)):
             # the same on all ranks: replicas must stay alike, and shards hold different weights anyway
