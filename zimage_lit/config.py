@@ -339,7 +339,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def did_you_mean(word: str, known: Iterable[str], listing: str = "") -> str:
     """` (did you mean 'x'?)`, else the known words after `listing` (nothing where no listing is wanted)."""
     known = list(known)
-    last_parts = {name.rsplit("/", 1)[-1]: name for name in known}
+    last_parts = {name.rsplit("/", 1)[-1]: name for name in reversed(known)}  # of two alike the first
     nearest = difflib.get_close_matches(word, known, n=1) or difflib.get_close_matches(word, last_parts, n=1)
     if nearest:
         return f" (did you mean '{last_parts.get(nearest[0], nearest[0])}'?)"

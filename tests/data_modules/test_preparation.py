@@ -241,7 +241,7 @@ def test_a_kill_between_the_last_steps_does_no_harm(
 ) -> None:
     data = tmp_path / "data"
     asked = PrepareSettings(str(pictures[0]), str(data), **SETTINGS)
-    steps = [(preparation, "_sum_up"), (assembly, "_planning"), (preparation, "write_manifest"), (shutil, "rmtree")]
+    steps = [(preparation, "_sum_up"), (assembly, "planning_file"), (preparation, "write_manifest"), (shutil, "rmtree")]
     for module, name in steps:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, name, interrupted)
