@@ -62,6 +62,8 @@ class ResumableLoader:
         self.batches_done = 0  # of the epoch
         self.steps_done = 0  # of all epochs
         self._table = table or reader.plain_table()
+        # then a step takes the same samples however many ranks share them
+        self._is_sliced = self._table.tokens is None and drop_last
         self._plan_settings = PlanSettings(batch_size, token_budget, world_size, shuffle, drop_last, window, seed)
         self._settings: dict[str, Any] = {
             "fingerprint": fingerprint,
@@ -139,6 +141,8 @@ class ResumableLoader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         saved = {name: value for name, value in state.items() if name not in POSITION}
+        if self._is_sliced and saved["world_size"] * (saved["batch_size"] or 0) == self._plan_settings.share:
+            saved |= {name: self._settings[name] for name in ("world_size", "batch_size")}
         _check_same_settings(saved, self._settings)
         self.epoch, self.batches_done = state["epoch"], state["batches_done"]
         self.steps_done = state.get("steps_done", self.epoch * len(self) + self.batches_done)

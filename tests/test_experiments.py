@@ -29,12 +29,14 @@ def test_every_experiment_describes_itself_in_one_line(name: str) -> None:
 
 
 # What an experiment leaves to the person who runs it.
+OWN = [
+    "model.init_args.init_from=model",
+    "data.init_args.data_dir=data",
+    "trainer.callbacks.samples.init_args.prompts=[a boat]",
+]
 GIVEN = {
-    "finetune": [
-        "model.init_args.init_from=model",
-        "data.init_args.data_dir=data",
-        "trainer.callbacks.samples.init_args.prompts=[a boat]",
-    ],
+    "finetune": OWN,
+    "lora": OWN,
     **{name: ["data.init_args.data_dir=data"] for name in EXPERIMENTS if name.startswith("z-image-6b/")},
 }
 

@@ -29,6 +29,10 @@ SETTINGS = [
     "data.init_args.num_val_samples=8",
     "data.init_args.batch_size=8",  # 7 steps an epoch: the run crosses two epochs
 ]
+KINDS = {
+    "full": [],
+    "lora": ["model.init_args.lora={rank: 4, dropout: 0.1, dora: true}", "model.init_args.optimizer.name=adamw"],
+}
 
 
 class ForkServer:
@@ -89,30 +93,32 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     server.process.kill()
 
 
-def words(name: str, losses: Path, num_workers: int) -> list[str]:
+def words(name: str, losses: Path, num_workers: int, kind: str) -> list[str]:
     return [
         "quickstart",
         f"run.name={name}",
         f"trainer.callbacks.recorder.init_args.path={losses}",
         f"data.init_args.num_workers={num_workers}",
         *SETTINGS,
+        *KINDS[kind],
     ]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_five_kills_change_no_loss_and_no_weight(server: ForkServer, num_workers: int) -> None:
-    whole, torn = (server.folder / f"{name}-{num_workers}.txt" for name in ("whole", "torn"))
-    assert server.run(words(f"whole-{num_workers}", whole, num_workers)) == 0
+@pytest.mark.parametrize(("num_workers", "kind"), [(0, "full"), (2, "full"), (0, "lora")])
+def test_five_kills_change_no_loss_and_no_weight(server: ForkServer, num_workers: int, kind: str) -> None:
+    run = f"{num_workers}-{kind}"
+    whole, torn = (server.folder / f"{name}-{run}.txt" for name in ("whole", "torn"))
+    assert server.run(words(f"whole-{run}", whole, num_workers, kind)) == 0
     chance = random.Random()
     moments = sorted(chance.sample(range(1, STEPS), 5))
     print("killed after steps", moments)  # shown when the test fails
     for moment in moments:
         # steps that were done again lengthen the file: wait for the step itself
         done = [int(line.split()[0]) for line in lines(torn)]
-        again = len(done) + max(1, moment - saved_step(server.folder / f"outputs/torn-{num_workers}"))
-        command = words(f"torn-{num_workers}", torn, num_workers)
+        again = len(done) + max(1, moment - saved_step(server.folder / f"outputs/torn-{run}"))
+        command = words(f"torn-{run}", torn, num_workers, kind)
         assert server.run_and_kill(command, torn, again, chance.random() * 0.05) == -signal.SIGKILL
-    assert server.run(words(f"torn-{num_workers}", torn, num_workers)) == 0
+    assert server.run(words(f"torn-{run}", torn, num_workers, kind)) == 0
 
     expected = dict(line.split() for line in lines(whole))
     assert [int(step) for step in expected] == list(range(1, STEPS + 1))
@@ -121,7 +127,7 @@ def test_five_kills_change_no_loss_and_no_weight(server: ForkServer, num_workers
     assert all(loss == expected[step] for step, loss in seen)
     assert len(seen) > STEPS  # some steps were really done twice
     first, second = (
-        torch.load(server.folder / f"outputs/{name}-{num_workers}/checkpoints/last.ckpt", weights_only=True)
+        torch.load(server.folder / f"outputs/{name}-{run}/checkpoints/last.ckpt", weights_only=True)
         for name in ("whole", "torn")
     )
     assert first["global_step"] == second["global_step"] == STEPS

@@ -222,12 +222,12 @@ def test_saving_and_loading_keeps_pictures_defaults_and_parts(own, own_folder, t
     assert {path.relative_to(tmp_path / "copy") for path in (tmp_path / "copy").rglob("*") if path.is_file()} == files
 
 
-@pytest.mark.parametrize("writer", ["shutil.copytree", "zimage_lit.backbone.checkpoints.save_file"])
+@pytest.mark.parametrize("writer", ["shutil.copytree", "zimage_lit.backbone.checkpoints.write_tensors"])
 def test_a_save_that_fails_leaves_the_older_pipeline_alone(own, own_folder, tmp_path, monkeypatch, writer):
     shutil.copytree(own_folder, tmp_path / "pipeline")
     before = {path: path.read_bytes() for path in (tmp_path / "pipeline").rglob("*") if path.is_file()}
 
-    def full_disk(_, path, **__):
+    def full_disk(_, path, *__, **___):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(writer, full_disk)

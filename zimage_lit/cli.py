@@ -51,6 +51,8 @@ TASKS = {
     "prepare": Task("raw data to a prepared data set", "data_modules.preparation:prepare_task", "PrepareSettings"),
     "encode": Task("latents and features, worked out once", "data_modules.encoding:encode_task", "EncodeSettings"),
     "verify": Task("a prepared data set against its hashes", "data_modules.verification:verify_task", "VerifySettings"),
+    "export": Task("a run's weights as files for other programs", "zimage_lit.export:export_task", "ExportSettings"),
+    "merge": Task("variants of a model into one", "zimage_lit.merge:merge_task", "MergeSettings"),
     "generate": Task("pictures from prompts", "zimage_lit.pipeline:generate_task", "GenerateSettings"),
 }
 # What libraries say on every run and nobody at the keyboard can act upon.
@@ -113,6 +115,8 @@ def lightning_main() -> int:
 
 def run(words: list[str], program: str) -> int:
     """`run …`: the list, a help page, the composed settings, a task or a training."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the user's own code; a console script does not look there by itself
     options = [word for word in words if word in ("-h", "--help", "--list", "--print-config")]
     names = [word for word in words if word not in options]
     if "--list" in options:
@@ -150,8 +154,6 @@ def experiment(name: str) -> str:
 def train(name: str, overrides: list[str]) -> int:
     """Compose, check, build and fit one experiment; returns the exit code."""
     config = compose(name, overrides)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the user's own classes; a console script does not look there by itself
     from zimage_lit.validate import check_config
 
     check_config(config)
@@ -175,12 +177,15 @@ def fit(settings: RunSettings, config: dict[str, Any], checkpoint: Path | None, 
     from zimage_lit.callbacks.run_config import RunConfig
     from zimage_lit.run_folder import write_status
     from zimage_lit.stages.initial_weights import read_checkpoint
+    from zimage_lit.strategies import FSDP2Strategy
 
     for message in IDLE_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     if checkpoint:
         read_checkpoint(checkpoint)  # a damaged one is named before anything is built
     built = build(config)
+    if checkpoint and checkpoint.is_dir() and not isinstance(built.trainer.strategy, FSDP2Strategy):
+        raise UserError(f"{checkpoint} is a sharded checkpoint: give trainer.strategy=fsdp2 (on one device, too).")
     trainer, clean_stop = built.trainer, CleanStop(settings.output_dir)
     checkpoints = [callback for callback in trainer.callbacks if callback in trainer.checkpoint_callbacks]
     others = [callback for callback in trainer.callbacks if callback not in checkpoints]
@@ -211,6 +216,8 @@ def build(config: dict[str, Any]) -> Any:
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningCLI
+
+    import zimage_lit.strategies  # noqa: F401 (trainer.strategy=fsdp2 is known from here on)
 
     sections = ("seed_everything", "trainer", "model", "data")
     given = copy.deepcopy(callback_list(config))  # the parser rewrites what it is given

@@ -1,9 +1,10 @@
 """Text to image for people: `ZImagePipeline` in Python, and the task behind `lightning run generate`."""
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from zimage_lit import sampling
 from zimage_lit.backbone import S3DiT
+from zimage_lit.backbone.checkpoints import save_weights
 from zimage_lit.components import FluxVAECodec, LatentCodec, PatchPCACodec, Qwen3TextEncoder, TextEncoder
 from zimage_lit.config import one_line, read_yaml, settings_from
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import read_json
 from zimage_lit.grids import labelled_grid
+from zimage_lit.lora import adapter_names, add_adapters, kept_weights, plain_weights, read_lora
 from zimage_lit.sampling.guidance import from_published_scale
 from zimage_lit.sampling.solvers import OnStep
 
@@ -113,19 +116,36 @@ class ZImagePipeline:
         overflows) and float32 elsewhere. The frozen parts are read at their first use.
         Raises UserError that names what is missing, damaged or of an unknown class.
         """
-        folder = Path(folder)
-        index = _read_index(folder)
-        codec = _class_of(index, "vae", CODECS, folder)(folder / "vae")
-        text_encoder = _class_of(index, "text_encoder", TEXT_ENCODERS, folder)(folder)
-        defaults = _read_defaults(folder, index)
+        parts = parts_of(Path(folder))
         device = usable_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        backbone = S3DiT.from_pretrained(folder / "transformer", dtype)
-        return cls(backbone, text_encoder, codec, **asdict(defaults)).to(device)
+        backbone = S3DiT.from_pretrained(Path(folder) / "transformer", dtype)
+        return cls(backbone, **parts).to(device)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def load_lora(self, file: str | Path, scale: float = 1.0) -> Self:
+        """Draw with the LoRA in a file from now on, beside those loaded before; returns itself.
+
+        file: in diffusers' or ComfyUI's dialect.   scale: of its effect, 1 = as it was trained.
+        Raises UserError that names what in the file is no LoRA of this backbone.
+        """
+        if not math.isfinite(scale):
+            raise UserError(f"the scale of a LoRA must be a number, not {scale}.")
+        adapters = read_lora(file, self.backbone)
+        add_adapters(self.backbone, adapters, f"lora_{len(adapter_names(self.backbone))}", scale)
+        self.backbone.eval()
+        return self
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        weights: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        on_bytes: Callable[[int], object] | None = None,
+    ) -> None:
         """Write everything to one folder in the published layout; an older pipeline there is replaced as a whole.
 
+        weights: of the backbone, by their published names; None for its own, with its LoRAs merged in.
+        dtype: that they are written in; None for the backbone's.   on_bytes: called after each of them.
         Where the codec is an ``AutoencoderKL``, diffusers' ``ZImagePipeline`` loads the folder too. A save that fails
         half-way (full disk) leaves what was there before. Raises UserError where the folder holds anything else.
         """
@@ -136,7 +156,11 @@ class ZImagePipeline:
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
-            self._write(partial)
+            self._write_parts(partial)  # first, for what they lack would show only after all the weights
+            own = plain_weights(self.backbone) if weights is None else weights
+            dtype = dtype or self.backbone.x_pad_token.dtype
+            save_weights(own, self.backbone.config, partial / "transformer", dtype, on_bytes=on_bytes)
+            self._write_index(partial)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             cause = error.__cause__ or error  # the backbone has already made a sentence of its own
@@ -297,14 +321,13 @@ class ZImagePipeline:
                     f"{name}={side} does not fit this model: use a multiple of {multiple} pixels, at most {largest}."
                 )
 
-    def _write(self, folder: Path) -> None:
+    def _write_parts(self, folder: Path) -> None:
         codec_folder = _own_folder(self.codec, "vae")
         encoder_folder = _own_folder(self.text_encoder, "text_encoder")
         tokenizer_folder = encoder_folder
         if not (encoder_folder / "tokenizer_config.json").is_file():
             tokenizer_folder = encoder_folder.parent / "tokenizer"
         folder.mkdir(parents=True)
-        self.backbone.save_pretrained(folder / "transformer")
         shutil.copytree(codec_folder, folder / "vae")
         no_tokenizer = shutil.ignore_patterns(*TOKENIZER_FILES)
         shutil.copytree(encoder_folder, folder / "text_encoder", ignore=no_tokenizer)
@@ -312,9 +335,6 @@ class ZImagePipeline:
         for pattern in TOKENIZER_FILES:
             for file in tokenizer_folder.glob(pattern):
                 shutil.copy(file, folder / "tokenizer")
-        tokenizer_class = read_json(folder / "tokenizer" / "tokenizer_config.json").get(
-            "tokenizer_class", "Qwen2Tokenizer"
-        )
         scheduler = {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "num_train_timesteps": 1000,
@@ -323,12 +343,15 @@ class ZImagePipeline:
         }
         (folder / "scheduler").mkdir()
         _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+
+    def _write_index(self, folder: Path) -> None:
+        tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json")
         index = {
             "_class_name": "ZImagePipeline",
             "_sampling_defaults": asdict(self.defaults),  # diffusers passes over keys with a leading underscore
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
             "text_encoder": ["transformers", "Qwen3Model"],
-            "tokenizer": ["transformers", tokenizer_class],
+            "tokenizer": ["transformers", tokenizer.get("tokenizer_class", "Qwen2Tokenizer")],
             "transformer": _index_entry(folder / "transformer"),
             "vae": _index_entry(folder / "vae"),
         }
@@ -377,6 +400,14 @@ def _read_index(folder: Path) -> dict[str, Any]:
         if not (folder / part).is_dir():
             raise UserError(f"{folder} lacks its {part}/ folder; write or download the whole pipeline again.")
     return index
+
+
+def parts_of(folder: Path) -> dict[str, Any]:
+    """All but the backbone in a pipeline's folder, as arguments of ZImagePipeline."""
+    index = _read_index(folder)
+    codec = _class_of(index, "vae", CODECS, folder)(folder / "vae")
+    text_encoder = _class_of(index, "text_encoder", TEXT_ENCODERS, folder)(folder)
+    return {"text_encoder": text_encoder, "codec": codec, **asdict(_read_defaults(folder, index))}
 
 
 def _class_of(
@@ -519,13 +550,13 @@ def load_pipeline(checkpoint: str | Path, device: str | None = None) -> ZImagePi
     path = Path(checkpoint)
     if not path.exists():
         raise UserError(f"There is no checkpoint {path}; give a pipeline's folder, a run's folder or a .ckpt file.")
-    if path.is_file():
+    if path.is_file() or path.suffix == ".ckpt":
         return _from_training_checkpoint(path, device)
     if (path / "model_index.json").is_file():
         return ZImagePipeline.from_pretrained(path, device)
     if (path / "pipeline" / "model_index.json").is_file():
         return ZImagePipeline.from_pretrained(path / "pipeline", device)
-    if (path / "checkpoints" / "last.ckpt").is_file():
+    if (path / "checkpoints" / "last.ckpt").exists():
         return _from_training_checkpoint(path / "checkpoints" / "last.ckpt", device)
     raise UserError(
         f"{path} holds neither a pipeline (model_index.json) nor a run's pipeline/ or checkpoints/last.ckpt."
@@ -605,30 +636,50 @@ def _earlier_pictures(output: Path, overwrite: bool) -> list[Path]:
 
 def _from_training_checkpoint(path: Path, device: str | None) -> ZImagePipeline:
     """A checkpoint's weights with the text encoder, codec and sampling settings that its run's config.yaml names."""
-    from zimage_lit.callbacks.sampling import SamplingSettings, stage_pipeline  # these import the pipeline themselves
-    from zimage_lit.stages.initial_weights import checkpoint_weights
+    from zimage_lit.callbacks.sampling import stage_pipeline  # which imports the pipeline itself
+    from zimage_lit.stages.initial_weights import misfits, open_weights, read_checkpoint
 
     chosen_device = usable_device(device)
-    config_path = path.resolve().parent.parent / "config.yaml"
-    if not config_path.is_file():
-        raise UserError(f"{path} does not lie in a run's folder: {config_path} is missing, so its parts are unknown.")
-    config = read_yaml(config_path)
-    stage = _build_stage(config["model"])
+    config = run_config(path)
+    stage = build_stage(config["model"])
     stage.configure_model()
-    stage.backbone.load_state_dict(checkpoint_weights(path))
+    weights = dict(open_weights(path))
+    if wrong := misfits(kept_weights(stage.backbone), weights):
+        raise UserError(f"{path} does not hold what its run's config.yaml describes: {wrong[0]} does not fit.")
+    stage.check_base(read_checkpoint(path))
+    stage.backbone.load_state_dict(weights, strict=False)
+    return stage_pipeline(stage, sampling_of(config)).to(chosen_device)
+
+
+def run_config(checkpoint: Path) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint."""
+    path = checkpoint.resolve().parent.parent / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{checkpoint} does not lie in a run's folder: {path} is missing, so its parts are unknown.")
+    return read_yaml(path)
+
+
+def sampling_of(config: dict[str, Any]) -> Any:
+    """The SamplingSettings with which a run drew its pictures."""
+    from zimage_lit.callbacks.sampling import SamplingSettings
+
     callbacks = config.get("trainer", {}).get("callbacks") or []
     callbacks = callbacks.values() if isinstance(callbacks, dict) else callbacks
     given = (callback.get("init_args", {}).get("sampling") for callback in callbacks)
     chosen: dict[str, Any] = next((settings for settings in given if settings), {})
-    return stage_pipeline(stage, SamplingSettings(**chosen)).to(chosen_device)
+    return SamplingSettings(**chosen)
 
 
-def _build_stage(settings: dict[str, Any]) -> Any:
-    """The LightningModule of a run's config; its backbone starts fresh, because a checkpoint brings the weights."""
+def build_stage(settings: dict[str, Any]) -> Any:
+    """The LightningModule of a run's config; its backbone starts fresh where a checkpoint brings the weights, that is,
+    but for the frozen ones of a LoRA."""
     from jsonargparse import ArgumentParser
     from lightning import LightningModule
 
-    fresh = {**settings, "init_args": {**settings.get("init_args", {}), "init_from": None}}
+    arguments = dict(settings.get("init_args", {}))
+    if not arguments.get("lora"):
+        arguments["init_from"] = None
+    fresh = {**settings, "init_args": arguments}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "model")
     return parser.instantiate(parser.parse_object({"model": fresh})).model

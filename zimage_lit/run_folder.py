@@ -2,7 +2,7 @@
 
 <output_dir>/config.yaml             the composed settings (an experiment file: it can be run again)
 <output_dir>/run.json                {"status": "running" | "stopped" | "failed" | "finished", "step": …}
-<output_dir>/checkpoints/last.ckpt   where `run.resume=auto` continues
+<output_dir>/checkpoints/last.ckpt   where `run.resume=auto` continues; a file, or a folder of a sharded run
 """
 
 import json
@@ -28,6 +28,8 @@ HARMLESS = (
     "trainer.enable_model_summary",
     "trainer.log_every_n_steps",
     "trainer.profiler",
+    "trainer.devices",  # the data's own state says whether batches stay what they were
+    "trainer.num_nodes",
     "data.init_args.*num_workers",  # of a mixture's data sets too, and so below
     "data.init_args.*cache.*",
 )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fake_gpu import fake_gpu
 from torch import Tensor
 
 from zimage_lit.backbone.norm import RMSNorm
@@ -77,3 +78,31 @@ def test_a_row_of_zeros_stays_zero_with_a_finite_gradient() -> None:
     output.sum().backward()
     assert not output.any()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_autocast_on_a_gpu_does_not_widen_the_network() -> None:
+    """By itself it would run the norm in float32, and with it the residual stream and the attention."""
+    with fake_gpu(autocast=True):
+        x = torch.empty(5, 4, 64, dtype=torch.bfloat16, device="cuda")
+        with torch.device("cuda"):
+            norm = RMSNorm(64, 1e-5)
+        assert norm(x, torch.empty(5, 1, 64, dtype=torch.bfloat16, device="cuda")).dtype == torch.bfloat16
+        assert torch.nn.functional.rms_norm(x, (64,)).dtype == torch.float32  # or the test has lost its reason
+
+
+def test_norm_works_on_the_meta_device() -> None:
+    assert RMSNorm(64, 1e-5).to("meta")(torch.empty(3, 64, device="meta")).shape == (3, 64)
+
+
+@pytest.mark.parametrize("shape", ["none", "per chunk"])
+def test_a_weight_in_bfloat16_has_gradients_near_those_in_float32(shape: str) -> None:
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 4, 16, generator=source).bfloat16().float().requires_grad_()
+    size = FACTORS[shape]
+    factor = None if size is None else torch.randn(*size, generator=source).bfloat16().float()
+    wide, narrow = RMSNorm(16, 1e-5), RMSNorm(16, 1e-5).bfloat16()
+    (expected,) = torch.autograd.grad(wide(x, factor).square().sum(), x)
+    short = x.detach().bfloat16().requires_grad_()
+    (found,) = torch.autograd.grad(narrow(short, None if factor is None else factor.bfloat16()).square().sum(), short)
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.1)

@@ -166,6 +166,22 @@ def test_plain_batches_are_slices_of_one_permutation_an_epoch(noise_folder: Path
             assert epoch_of(loader) == [[f"id-{index}" for index in order[start : start + 4]] for start in starts]
 
 
+def test_plain_batches_go_on_where_other_ranks_share_the_same_steps(noise_folder: Path) -> None:
+    reader = data_module(noise_folder).train_dataloader().reader
+    whole = ResumableLoader(reader, "", 4, seed=6)
+    steps = epoch_of(whole)
+    before = ResumableLoader(reader, "", 2, seed=6, rank=1, world_size=2)
+    list(islice(before, 3))
+    whole.load_state_dict(before.state_dict())
+    assert epoch_of(whole) == steps[3:]
+    other = ResumableLoader(reader, "", 4, seed=6, world_size=2)
+    with pytest.raises(UserError, match=r"batch_size=2 and this run has batch_size=4"):
+        other.load_state_dict(before.state_dict())
+    uneven = ResumableLoader(reader, "", 4, seed=6, drop_last=False)
+    with pytest.raises(UserError, match=r"cannot be continued exactly"):
+        uneven.load_state_dict(before.state_dict())
+
+
 def test_a_state_of_an_earlier_version_continues(noise_folder: Path) -> None:
     loader = data_module(noise_folder).train_dataloader()
     expected = epoch_of(loader) + epoch_of(loader)

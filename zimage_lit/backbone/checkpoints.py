@@ -7,11 +7,12 @@ another shape is an error that names it. Writing goes to a temporary place first
 
 import json
 import math
+import os
 import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from zimage_lit.backbone.config import S3DiTConfig
@@ -36,7 +36,9 @@ PUBLISHED_WEIGHTS, OWN_WEIGHTS = "diffusion_pytorch_model", "s3dit_model"
 LAYOUT_FILE = re.compile(
     rf"config\.json|({PUBLISHED_WEIGHTS}|{OWN_WEIGHTS})(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )
-FLOAT_KINDS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that a network can run in
+# Types that a network can run in, with safetensors' names for them.
+KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FLOAT_KINDS = tuple(KINDS.values())
 
 COMFYUI_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 COMFYUI_ATTENTION = {
@@ -48,9 +50,25 @@ CONFIG_METADATA = "s3dit_config"
 
 
 def save(model: "S3DiT", path: str | Path, max_shard_size: int = 10 * 10**9) -> None:
-    """Write `model` as the folder `path` in the published layout, in the parameters' own dtype.
+    """Write `model` as the folder `path`, in the parameters' own dtype: see `save_weights`."""
+    save_weights(model.state_dict(), model.config, path, max_shard_size=max_shard_size)
 
+
+def save_weights(
+    weights: Mapping[str, Tensor],
+    config: S3DiTConfig,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 10 * 10**9,
+    on_bytes: Callable[[int], object] | None = None,
+) -> None:
+    """Write `weights` (published name -> tensor) as the folder `path` in the published layout.
+
+    Tensors are taken from the mapping one at a time and let go once they are written, so a mapping that reads them
+    from disk is never in memory as a whole.
+    dtype: of the file; None keeps the tensors' own, for which each of them is looked up twice.
     max_shard_size: bytes; more than that is split into numbered files with an index.
+    on_bytes: called with the number of bytes after each tensor.
 
     diffusers pads to 32 tokens and would ignore another `pad_multiple` with a mere warning, drawing wrong pictures.
     A backbone with another `pad_multiple` is therefore written under a class name and file names of our own, which
@@ -62,14 +80,16 @@ def save(model: "S3DiT", path: str | Path, max_shard_size: int = 10 * 10**9) -> 
     folder = Path(path).resolve()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"cannot save a backbone to {path}: it is a file, give a folder.")
-    foreign = model.config.pad_multiple != S3DiTConfig.pad_multiple
-    config = {"_class_name": OWN_CLASS if foreign else PUBLISHED_CLASS, **asdict(model.config)}
+    foreign = config.pad_multiple != S3DiTConfig.pad_multiple
+    described = {"_class_name": OWN_CLASS if foreign else PUBLISHED_CLASS, **asdict(config)}
     if not foreign:
-        del config["pad_multiple"]
-    with _fresh_beside(folder) as fresh:
+        del described["pad_multiple"]
+    shapes = _shapes(config, weights)
+    pieces = [_piece(name, [name], weights, shapes, dtype) for name in shapes]
+    with fresh_beside(folder) as fresh:
         fresh.mkdir()
-        (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _write_shards(model, fresh, OWN_WEIGHTS if foreign else PUBLISHED_WEIGHTS, max_shard_size)
+        (fresh / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _write_shards(pieces, config, fresh, OWN_WEIGHTS if foreign else PUBLISHED_WEIGHTS, max_shard_size, on_bytes)
         _replace_folder(fresh, folder)
 
 
@@ -79,11 +99,16 @@ def load(cls: type[Model], path: str | Path, dtype: torch.dtype | None = None) -
     dtype: cast every parameter while reading; None keeps the stored types. The network is on the CPU, in training mode.
     Raises UserError that names the file, and the tensors or keys at fault.
     """
+    return _build(cls, stored_weights(path), dtype)
+
+
+def stored_weights(path: str | Path) -> "StoredWeights":
+    """The tensors behind `path` as `load` reads it, found and checked by the files' headers, none of them read yet."""
     path = Path(path)
     if path.is_file():
-        return load_comfyui(cls, path, dtype=dtype)
+        return _stored_in_file(path)
     folder = _transformer_folder(path)
-    return _build(cls, read_config(path), _catalogue(_weight_files(folder)), dtype, folder)
+    return StoredWeights(read_config(path), _catalogue(_weight_files(folder)), folder)
 
 
 def read_config(path: str | Path) -> S3DiTConfig:
@@ -93,30 +118,43 @@ def read_config(path: str | Path) -> S3DiTConfig:
 
 
 def export_comfyui(model: "S3DiT", file: str | Path, prefix: str = COMFYUI_PREFIXES[0]) -> None:
-    """Write `model` as one safetensors file in ComfyUI's form: fused qkv, short names, each behind `prefix`.
+    """Write `model` as one ComfyUI file, in the parameters' own dtype: see `export_comfyui_weights`."""
+    export_comfyui_weights(model.state_dict(), model.config, file, prefix)
 
-    The sizes are noted in the file's metadata, so `load_comfyui` reads back a model of any size.
+
+def export_comfyui_weights(
+    weights: Mapping[str, Tensor],
+    config: S3DiTConfig,
+    file: str | Path,
+    prefix: str = COMFYUI_PREFIXES[0],
+    dtype: torch.dtype | None = None,
+    on_bytes: Callable[[int], object] | None = None,
+) -> None:
+    """Write `weights` as one safetensors file in ComfyUI's form: fused qkv, short names, each behind `prefix`.
+
+    `weights`, `dtype` and `on_bytes` as in `save_weights`. The sizes are noted in the file's metadata, so
+    `load_comfyui` reads back a model of any size.
     Raises UserError for a `pad_multiple` other than 32, which ComfyUI cannot know, and when the disk is full.
     """
     file = Path(file).resolve()
-    if model.config.pad_multiple != S3DiTConfig.pad_multiple:
+    if config.pad_multiple != S3DiTConfig.pad_multiple:
         raise UserError(
             f"cannot export to {file}: ComfyUI pads to {S3DiTConfig.pad_multiple} tokens and would draw wrong pictures "
-            f"with this backbone's pad_multiple {model.config.pad_multiple}; save it as a folder instead."
+            f"with this backbone's pad_multiple {config.pad_multiple}; save it as a folder instead."
         )
     if file.is_dir():
         raise UserError(f"cannot export to {file}: it is a folder, give a file name that ends in .safetensors.")
-    tensors = model.state_dict()
-    exported: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    shapes = _shapes(config, weights)
+    pieces: list[Piece] = []
+    for name in shapes:
         module, _, projection = name.rpartition(".to_")
         if projection == "q.weight":
-            fused = [tensors[f"{module}.to_{part}.weight"] for part in "qkv"]
-            exported[f"{prefix}{module}.qkv.weight"] = torch.cat(fused)
+            parts = [f"{module}.to_{part}.weight" for part in "qkv"]
+            pieces.append(_piece(f"{prefix}{module}.qkv.weight", parts, weights, shapes, dtype))
         elif projection not in ("k.weight", "v.weight"):
-            exported[prefix + _comfyui_name(name)] = tensor
-    with _fresh_beside(file) as fresh:
-        _write_tensors(exported, fresh, model.config)
+            pieces.append(_piece(prefix + comfyui_name(name), [name], weights, shapes, dtype))
+    with fresh_beside(file) as fresh:
+        write_tensors(pieces, fresh, {CONFIG_METADATA: json.dumps(asdict(config))}, on_bytes)
         fresh.replace(file)
 
 
@@ -130,24 +168,7 @@ def load_comfyui(
     and are then the published ones. Raises UserError that names the file, and the tensors at fault; a stray
     `norm_final.weight`, which the network has no use for, is left out with a warning.
     """
-    file = Path(file)
-    stored, metadata = _catalogue([file]), _read_metadata(file)
-    if config is None and CONFIG_METADATA in metadata:
-        place = f"{file} (its metadata)"
-        config = _parse_config(parse_json(metadata[CONFIG_METADATA], place), place)
-    patch = config.patch_size if config else S3DiTConfig().patch_size
-    prefix = next(p for p in COMFYUI_PREFIXES if not p or any(key.startswith(p) for key in stored))
-    parts: dict[str, StoredTensor] = {}
-    for key, tensor in stored.items():
-        for name, part in _published_parts(key.removeprefix(prefix), tensor, patch):
-            if name in parts:
-                raise UserError(f"{file}: both '{parts[name].key}' and '{key}' hold the tensor {name}.")
-            parts[name] = part
-    if "norm_final.weight" in parts:
-        warnings.warn(
-            f"{file}: '{parts.pop('norm_final.weight').key}' is not part of the network, left out.", stacklevel=2
-        )
-    return _build(cls, config or _infer_config(parts, file), parts, dtype, file)
+    return _build(cls, _stored_in_file(Path(file), config), dtype)
 
 
 @dataclass(frozen=True)
@@ -165,30 +186,67 @@ class StoredTensor:
         return slice(self.part * self.shape[0], (self.part + 1) * self.shape[0])
 
 
+class StoredWeights(Mapping[str, Tensor]):
+    """A backbone on disk: published name -> tensor in the stored type, read when it is asked for and not kept.
+
+    Raises UserError where the stored names or shapes are not those of `config`.
+    """
+
+    def __init__(self, config: S3DiTConfig, parts: dict[str, StoredTensor], place: Path) -> None:
+        self.config, self.parts, self.place = config, parts, place
+        _check_tensors(published_shapes(config), parts, place)
+
+    def __getitem__(self, name: str) -> Tensor:
+        part = self.parts[name]
+        with _opened(part.file) as handle:
+            return handle.get_slice(part.key)[part.rows].clone()  # or it would hang on the file
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def check_kinds(self, cast: bool) -> None:
+        """UserError for a stored type that the network cannot run in; float8 may be `cast` to one that it can."""
+        for name, part in self.parts.items():
+            if part.kind not in FLOAT_KINDS and not (cast and part.kind.startswith("F8")):
+                raise UserError(
+                    f"{part.file}: '{name}' is stored as {part.kind}, which the network cannot run in; "
+                    f"give a dtype to cast float8 weights, or take an unquantised file."
+                )
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _build(
-    cls: type[Model], config: S3DiTConfig, stored: dict[str, StoredTensor], dtype: torch.dtype | None, place: Path
-) -> Model:
+def _stored_in_file(file: Path, config: S3DiTConfig | None = None) -> StoredWeights:
+    """See `load_comfyui`."""
+    stored, metadata = _catalogue([file]), _read_metadata(file)
+    if config is None and CONFIG_METADATA in metadata:
+        place = f"{file} (its metadata)"
+        config = _parse_config(parse_json(metadata[CONFIG_METADATA], place), place)
+    patch = config.patch_size if config else S3DiTConfig().patch_size
+    prefix = next(p for p in COMFYUI_PREFIXES if not p or any(key.startswith(p) for key in stored))
+    parts: dict[str, StoredTensor] = {}
+    for key, tensor in stored.items():
+        for name, part in _published_parts(key.removeprefix(prefix), tensor, patch):
+            if name in parts:
+                raise UserError(f"{file}: both '{parts[name].key}' and '{key}' hold the tensor {name}.")
+            parts[name] = part
+    if "norm_final.weight" in parts:
+        warnings.warn(
+            f"{file}: '{parts.pop('norm_final.weight').key}' is not part of the network, left out.", stacklevel=4
+        )
+    return StoredWeights(config or _infer_config(parts, file), parts, file)
+
+
+def _build(cls: type[Model], stored: StoredWeights, dtype: torch.dtype | None) -> Model:
     """A network without memory of its own, whose parameters become the stored tensors one by one."""
+    stored.check_kinds(cast=dtype is not None)
     with torch.device("meta"):
-        model = cls(config)
-    _check_tensors({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, stored, place)
-    for name, tensor in stored.items():
-        readable = tensor.kind in FLOAT_KINDS or (dtype is not None and tensor.kind.startswith("F8"))
-        if not readable:
-            raise UserError(
-                f"{tensor.file}: '{name}' is stored as {tensor.kind}, which the network cannot run in; "
-                f"give a dtype to cast float8 weights, or take an unquantised file."
-            )
-    state: dict[str, Tensor] = {}
-    for file in sorted({tensor.file for tensor in stored.values()}):
-        with _opened(file) as handle:
-            for name, tensor in stored.items():
-                if tensor.file == file:
-                    data = handle.get_slice(tensor.key)[tensor.rows]
-                    state[name] = data.to(dtype or data.dtype, copy=True)  # a copy, or it would hang on the file
+        model = cls(stored.config)
+    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in stored.items()}
     model.load_state_dict(state, assign=True)
     return model
 
@@ -203,12 +261,12 @@ def _check_tensors(expected: dict[str, tuple[int, ...]], stored: dict[str, Store
         if name in stored and stored[name].shape != shape
     ]
     faults = {"missing": missing, "not part of the network": left_over, "of another shape": misshapen}
-    told = [f"{len(names)} {fault}: {_first_few(names)}" for fault, names in faults.items() if names]
+    told = [f"{len(names)} {fault}: {first_few(names)}" for fault, names in faults.items() if names]
     if told:
         raise UserError(f"{place} does not fit the network's configuration: tensors {'; '.join(told)}.")
 
 
-def _first_few(names: list[str], limit: int = 4) -> str:
+def first_few(names: list[str], limit: int = 4) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
@@ -242,7 +300,7 @@ def _weight_files(folder: Path) -> list[Path]:
     shards = [folder / name for name in sorted(set(weight_map.values()))]
     absent = [shard.name for shard in shards if not shard.is_file()]
     if absent:
-        raise UserError(f"{folder}: {len(absent)} of {len(shards)} shards missing: {_first_few(absent)}.")
+        raise UserError(f"{folder}: {len(absent)} of {len(shards)} shards missing: {first_few(absent)}.")
     return shards
 
 
@@ -268,6 +326,14 @@ def _opened(file: Path) -> Iterator[safe_open]:
         raise UserError(
             f"{file} is not a readable safetensors file ({error}): it may be incomplete, fetch or save it again."
         ) from error
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file by their stored names; UserError where it cannot be read."""
+    if not file.is_file():
+        raise UserError(f"there is no file {file}.")
+    with _opened(file) as handle:
+        return {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _read_metadata(file: Path) -> dict[str, str]:
@@ -310,44 +376,123 @@ def _same_type(value: object, default: object, least: int) -> bool:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write_shards(model: "S3DiT", folder: Path, stem: str, max_shard_size: int) -> None:
+@dataclass(frozen=True)
+class Piece:
+    """A tensor to be written: all that a file's header says of it, and where to get it when its turn comes."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _shapes(config: S3DiTConfig, weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the network, in its own order; UserError where `weights` has other names."""
+    shapes = published_shapes(config)
+    faults = {"missing": shapes.keys() - weights.keys(), "not part of the network": weights.keys() - shapes.keys()}
+    told = [f"{len(names)} {fault}: {first_few(sorted(names))}" for fault, names in faults.items() if names]
+    if told:
+        raise UserError(f"the weights cannot be saved as a backbone of these sizes: tensors {'; '.join(told)}.")
+    return shapes
+
+
+def published_shapes(config: S3DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a backbone of these sizes, in its own order; nothing is allocated."""
+    from zimage_lit.backbone.model import S3DiT  # which imports this module
+
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in S3DiT(config).state_dict().items()}
+
+
+def _piece(
+    key: str,
+    names: list[str],
+    weights: Mapping[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype | None,
+) -> Piece:
+    """The tensor `key` of a file: `names` of the network, one below the other."""
+    kind = dtype or weights[names[0]].dtype
+
+    def read() -> Tensor:
+        parts: list[Tensor] = []
+        for name in names:
+            part = weights[name].detach()
+            if tuple(part.shape) != shapes[name]:
+                raise UserError(f"the tensor {name} has the shape {tuple(part.shape)} instead of {shapes[name]}.")
+            parts.append(part.to("cpu", kind))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    rows = sum(shapes[name][0] for name in names)
+    return Piece(key, (rows, *shapes[names[0]][1:]), kind, read)
+
+
+def _write_shards(
+    pieces: list[Piece],
+    config: S3DiTConfig,
+    folder: Path,
+    stem: str,
+    max_shard_size: int,
+    on_bytes: Callable[[int], object] | None,
+) -> None:
     """The parameters in order, as many a file as fit; an index beside them when there are several files."""
-    tensors = model.state_dict()
-    shards: list[list[str]] = [[]]
+    metadata = {CONFIG_METADATA: json.dumps(asdict(config))}
+    shards: list[list[Piece]] = [[]]
     filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > max_shard_size:
+    for piece in pieces:
+        if shards[-1] and filled + piece.nbytes > max_shard_size:
             shards.append([])
             filled = 0
-        shards[-1].append(name)
-        filled += tensor.nbytes
+        shards[-1].append(piece)
+        filled += piece.nbytes
     if len(shards) == 1:
-        _write_tensors(tensors, folder / f"{stem}.safetensors", model.config)
+        write_tensors(pieces, folder / f"{stem}.safetensors", metadata, on_bytes)
         return
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
+    for number, members in enumerate(shards, start=1):
         shard = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_tensors({name: tensors[name] for name in names}, folder / shard, model.config)
-        weight_map |= dict.fromkeys(names, shard)
-    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": weight_map}
+        write_tensors(members, folder / shard, metadata, on_bytes)
+        weight_map |= dict.fromkeys((piece.key for piece in members), shard)
+    index = {"metadata": {"total_size": sum(piece.nbytes for piece in pieces)}, "weight_map": weight_map}
     (folder / f"{stem}.safetensors.index.json").write_text(
         json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
 
 
-def _write_tensors(tensors: dict[str, Tensor], file: Path, config: S3DiTConfig) -> None:
-    file.touch()
-    mode = file.stat().st_mode  # safetensors makes files that only their owner can read
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        file,
-        metadata={"format": "pt", CONFIG_METADATA: json.dumps(asdict(config))},
-    )
-    file.chmod(mode)
+def write_tensors(
+    pieces: Sequence[Piece],
+    file: Path,
+    metadata: dict[str, str] | None = None,
+    on_bytes: Callable[[int], object] | None = None,
+) -> None:
+    """A safetensors file: eight bytes for the header's length, the header as JSON, the tensors one after the other.
+
+    The library's own writer wants all tensors at once; this one holds one at a time.
+    Source: the format's description in the README of huggingface/safetensors.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for piece in pieces:
+        start, end = end, end + piece.nbytes
+        header[piece.key] = {"dtype": KINDS[piece.dtype], "shape": piece.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for piece in pieces:
+            stream.write(piece.read().contiguous().flatten().view(torch.uint8).numpy().data)
+            if on_bytes:
+                on_bytes(piece.nbytes)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextmanager
-def _fresh_beside(target: Path) -> Iterator[Path]:
+def fresh_beside(target: Path) -> Iterator[Path]:
     """A name to write to before it takes the place of `target`, on the same disk; nothing stays behind on failure."""
     fresh = target.with_name(f".{target.name}.saving-{uuid.uuid4().hex[:8]}")
     try:
@@ -386,7 +531,7 @@ def _replace_folder(fresh: Path, target: Path) -> None:
 # --- ComfyUI names ---------------------------------------------------------------------------------------------------
 
 
-def _comfyui_name(name: str) -> str:
+def comfyui_name(name: str) -> str:
     """`all_x_embedder.2-1.bias` -> `x_embedder.bias`, `….attention.norm_q.weight` -> `….attention.q_norm.weight`."""
     for part in ("x_embedder", "final_layer"):
         if name.startswith(f"all_{part}."):

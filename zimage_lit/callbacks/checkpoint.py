@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.run_folder import last_checkpoint
+from zimage_lit.strategies import FSDP2Strategy
 
 
 class RunCheckpoint(Checkpoint):
-    """Keeps `checkpoints/last.ckpt` of the run's folder current; it is whole at every moment.
+    """Keeps `checkpoints/last.ckpt` of the run's folder current; it is whole at every moment. Under `fsdp2` it is a
+    folder.
 
     every_n_steps: optimiser steps between saves; an interruption saves as well, and the end of the run when all other
         callbacks are done. What they do there (scores, an export) may fail, and Lightning does it again only after a
@@ -52,14 +55,21 @@ class RunCheckpoint(Checkpoint):
     def save(self, trainer: Trainer) -> None:
         """Write the whole training state; on every rank, because gathering it is collective."""
         last = last_checkpoint(Path(trainer.default_root_dir))
-        partial = last.with_name("last.ckpt.partial")
+        sharded = isinstance(trainer.strategy, FSDP2Strategy)
+        fresh = spare_folder(last) if sharded else last.with_name("last.ckpt.partial")
         try:
             last.parent.mkdir(parents=True, exist_ok=True)
-            trainer.save_checkpoint(partial, weights_only=False)  # the optimiser and the rest too
-            if trainer.is_global_zero:
-                self._swap_in(partial, last, trainer.global_step)
+            if isinstance(trainer.strategy, FSDP2Strategy):
+                trainer.strategy.on_first_rank(lambda: remove(fresh))
+                trainer.save_checkpoint(fresh, weights_only=False)  # the optimiser and the rest too
+                trainer.strategy.on_first_rank(lambda: self._swap_in(fresh, last, trainer.global_step))
+            else:
+                trainer.save_checkpoint(fresh, weights_only=False)
+                if trainer.is_global_zero:
+                    self._swap_in(fresh, last, trainer.global_step)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            if trainer.is_global_zero:
+                remove(fresh)
             good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written before"
             raise UserError(
                 f"cannot write a checkpoint in {last.parent} ({error}); {good}: make room, then start the same command "
@@ -67,11 +77,60 @@ class RunCheckpoint(Checkpoint):
             ) from error
         self._saved_step = trainer.global_step
 
-    def _swap_in(self, partial: Path, last: Path, step: int) -> None:
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
+    def _swap_in(self, fresh: Path, last: Path, step: int) -> None:
+        """Give a whole checkpoint the name `last`, in one move."""
+        sync(fresh)
         if self.keep_every_n_steps and step % self.keep_every_n_steps == 0:
-            kept = last.with_name(f"step-{step:08d}.ckpt")
-            kept.unlink(missing_ok=True)
-            os.link(partial, kept)
-        os.replace(partial, last)
+            keep(fresh, last.with_name(f"step-{step:08d}.ckpt"))
+        if fresh.is_file():
+            os.replace(fresh, last)
+            for name in SPARE_FOLDERS:  # of the same run when it was sharded
+                remove(last.with_name(name))
+            return
+        if last.is_dir() and not last.is_symlink():  # a copy that someone made of a link; folders cannot be replaced
+            remove(set_aside := last.with_name("last.ckpt.copy"))
+            last.rename(set_aside)
+        link = last.with_name("last.ckpt.link")
+        link.unlink(missing_ok=True)
+        link.symlink_to(fresh.name)
+        os.replace(link, last)
+        sync(last.parent)
+        remove(spare_folder(last))
+
+
+# A folder cannot take the place of another in one move, a link can: sharded checkpoints are written to these in turn,
+# and `last.ckpt` links to the one that is whole.
+SPARE_FOLDERS = ("last.ckpt.0", "last.ckpt.1")
+
+
+def spare_folder(last: Path) -> Path:
+    """The one of the two to which `last` does not link."""
+    current = os.readlink(last) if last.is_symlink() else None
+    return last.with_name(next(name for name in SPARE_FOLDERS if name != current))
+
+
+def keep(checkpoint: Path, kept: Path) -> None:
+    """A second name for a file or for all files of a folder; takes no room."""
+    remove(kept)
+    if checkpoint.is_file():
+        os.link(checkpoint, kept)
+        return
+    remove(partial := kept.with_name(f"{kept.name}.partial"))
+    shutil.copytree(checkpoint, partial, copy_function=os.link)
+    partial.rename(kept)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -8,13 +8,16 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
+from zimage_lit.backbone.parallelize import local, own_part
 from zimage_lit.errors import UserError
+from zimage_lit.lora import kept_weights
 
 
 class EMA(Callback):
     """average <- average + (1 - d) * (weights - average) after every optimiser step; kept in the checkpoint.
 
-    `pl_module` is any LightningModule with a `backbone`.
+    `pl_module` is any LightningModule with a `backbone`. Of a sharded one each rank averages its own part;
+    of a LoRA the adapters alone are averaged.
 
     decay: d in the long run.   warmup: d follows min(decay, (1 + n) / (10 + n)), so early averages forget the start.
     """
@@ -29,10 +32,14 @@ class EMA(Callback):
         self._last_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        weights = pl_module.backbone.state_dict()
         if not self.average:
-            self.average = {name: weight.detach().clone() for name, weight in weights.items()}
-        self.average = {name: self.average[name].to(weight.device) for name, weight in weights.items()}
+            self.average = {name: w.detach().clone() for name, w in kept_weights(pl_module.backbone).items()}
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        for name, weight in kept_weights(pl_module.backbone).items():
+            average = self.average[name]  # may come from a checkpoint of a single process
+            if average.device != weight.device or type(average) is not type(weight):
+                self.average[name] = own_part(weight, average)
         self._last_step = trainer.global_step
 
     @torch.no_grad()
@@ -42,18 +49,20 @@ class EMA(Callback):
         self._last_step = trainer.global_step
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-        weights = pl_module.backbone.state_dict()
-        torch._foreach_lerp_([self.average[name] for name in weights], list(weights.values()), 1 - decay)
+        weights = kept_weights(pl_module.backbone)
+        averages = [local(self.average[name]) for name in weights]
+        torch._foreach_lerp_(averages, [local(weight) for weight in weights.values()], 1 - decay)
 
     @contextmanager
     def applied(self, pl_module: Any) -> Iterator[None]:
         """Inside, the backbone holds the averaged weights; the trained ones come back afterwards."""
-        trained = {name: weight.clone() for name, weight in pl_module.backbone.state_dict().items()}
-        pl_module.backbone.load_state_dict(self.average)
+        weights = {name: local(weight) for name, weight in kept_weights(pl_module.backbone).items()}
+        trained = {name: weight.clone() for name, weight in weights.items()}
+        copy_all(weights, {name: local(average) for name, average in self.average.items()})
         try:
             yield
         finally:
-            pl_module.backbone.load_state_dict(trained)
+            copy_all(weights, trained)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": self.average}
@@ -61,6 +70,12 @@ class EMA(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates = state_dict["updates"]
         self.average = dict(state_dict["average"])
+
+
+@torch.no_grad()
+def copy_all(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(sources[name])
 
 
 @contextmanager

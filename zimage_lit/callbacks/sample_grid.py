@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 
-from zimage_lit.callbacks.sampling import SamplingSettings, checked_sizes, draw_pictures
+from zimage_lit.callbacks.sampling import SamplingSettings, checked_sizes, draw_pictures, joins_in_drawing
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import write_atomically
 from zimage_lit.grids import encoded, labelled_grid
@@ -52,7 +52,7 @@ class SampleGrid(Callback):
 
     def draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
-        if step == self._drawn_step:
+        if step == self._drawn_step or not joins_in_drawing(trainer):
             return
         self._drawn_step = step
         seeds = [self.seed + i for i in range(len(self.prompts))]

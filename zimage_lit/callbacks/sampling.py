@@ -12,6 +12,7 @@ from zimage_lit.callbacks.ema import averaged_weights
 from zimage_lit.errors import UserError
 from zimage_lit.pipeline import ZImagePipeline
 from zimage_lit.sampling import check_guidance, check_schedule, check_solver
+from zimage_lit.strategies import FSDP2Strategy
 
 
 @dataclass
@@ -64,6 +65,12 @@ def stage_pipeline(pl_module: Any, settings: SamplingSettings) -> ZImagePipeline
         solver=settings.solver,
         eta=settings.eta,
     )
+
+
+def joins_in_drawing(trainer: Trainer) -> bool:
+    """Whether this process draws: the first one, and where the backbone is sharded all of them, for each forward
+    gathers the weights from all. They draw the same; the first one alone writes."""
+    return trainer.is_global_zero or isinstance(trainer.strategy, FSDP2Strategy)
 
 
 @torch.no_grad()

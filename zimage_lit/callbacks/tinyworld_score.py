@@ -15,7 +15,7 @@ from data_modules.tinyworld.prepare import checked_canvases
 from data_modules.tinyworld.verifier import judge
 from data_modules.tinyworld.world import Size, heldout_prompts
 from evaluation.benchmarks import geneval
-from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures
+from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures, joins_in_drawing
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import write_atomically
 
@@ -78,7 +78,7 @@ class TinyWorldScore(Callback):
 
     def score(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
-        if any(summary["step"] == step for summary in self.history):
+        if any(summary["step"] == step for summary in self.history) or not joins_in_drawing(trainer):
             return
         texts = [metadata["prompt"] for metadata in self.prompts]
         seeds = [self.seed + place for place in range(len(texts))]

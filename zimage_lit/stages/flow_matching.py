@@ -7,15 +7,33 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from zimage_lit.backbone import S3DiT
+from zimage_lit.backbone.parallelize import ParallelizeSettings, parallelize
 from zimage_lit.components import LatentCodec, TextEncoder
 from zimage_lit.errors import UserError
+from zimage_lit.lora import (
+    LoRASettings,
+    apply_lora,
+    base_fingerprint,
+    base_weights,
+    check_adapter_types,
+    is_adapter,
+    reset_adapters,
+    type_of_base,
+)
 from zimage_lit.objectives import flow_matching
 from zimage_lit.objectives.timesteps import TimestepLaw
 from zimage_lit.rng import generator
 from zimage_lit.stages.frozen_parts import check_encoded_by, check_text_to_image
-from zimage_lit.stages.initial_weights import backbone_config, build_backbone, check_continues
+from zimage_lit.stages.initial_weights import (
+    backbone_config,
+    build_backbone,
+    check_continues,
+    empty_backbone,
+    fill_backbone,
+)
 from zimage_lit.stages.optimizers import OptimizerSettings, build_optimizer, learning_rate_factor
 
 
@@ -26,6 +44,10 @@ class FlowMatchingModule(LightningModule):
     optimizer, timesteps: None for their defaults.
     init_from: a checkpoint, an exported folder or `run:<mlflow run id>` to start from.
     caption_dropout: share of captions replaced by the empty one, so that guidance has an unconditional branch.
+    lora: None trains all weights. With LoRA the others are frozen and not in the checkpoints, so `init_from` must stay
+        where it is as long as the run is continued or drawn from.
+    parallelize: activation checkpointing and compiling; None for neither. Under the strategy `fsdp2` the backbone is
+        sharded as well: made without memory, and filled part by part.
     """
 
     def __init__(
@@ -38,6 +60,8 @@ class FlowMatchingModule(LightningModule):
         caption_dropout: float = 0.1,
         seed: int = 0,
         init_from: str | None = None,
+        lora: LoRASettings | None = None,
+        parallelize: ParallelizeSettings | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout <= 1:
@@ -50,23 +74,74 @@ class FlowMatchingModule(LightningModule):
         self.caption_dropout = caption_dropout
         self.seed = seed
         self.init_from = init_from
+        self.lora = lora
+        self.lora_base: str | None = None  # fingerprint of the frozen weights
+        self.strict_loading = lora is None  # check_continues has compared the names
+        self.parallelize = parallelize or ParallelizeSettings()
         self.backbone: S3DiT = None  # type: ignore[assignment]  # configure_model makes it, on the trainer's terms
 
     def configure_model(self) -> None:
-        if self.backbone is None:
-            stores = [logger.tracking_uri for logger in self.loggers if hasattr(logger, "tracking_uri")]
-            self.backbone = build_backbone(self.config, self.init_from, self.seed, next(iter(stores), None))
+        if self.backbone is not None:
+            return
+        stores = [logger.tracking_uri for logger in self.loggers if hasattr(logger, "tracking_uri")]
+        source = self.init_from, self.seed, next(iter(stores), None)
+        mesh = self.device_mesh
+        if mesh is not None:
+            self.check_can_be_sharded()
+        with type_of_base(self.lora):
+            self.backbone = build_backbone(self.config, *source) if mesh is None else empty_backbone(self.config)
+        if self.lora:
+            apply_lora(self.backbone, self.lora, self.seed)
+        if self._trainer is not None:  # who only draws pictures from a checkpoint needs none of it
+            parallelize(self.backbone, mesh, self.parallelize, str(self.trainer.precision))
+        if mesh is not None:
+            self.backbone.to_empty(device=self.trainer.strategy.root_device)
+            fill_backbone(self.backbone, *source)
+            if self.lora:
+                reset_adapters(self.backbone, self.lora, self.seed)
+        if self.lora:
+            self.lora_base = base_fingerprint(base_weights(self.backbone))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What checkpoints hold: of a LoRA run the adapters alone."""
+        state = super().state_dict(*args, **kwargs)
+        return {name: weight for name, weight in state.items() if is_adapter(name)} if self.lora else state
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.lora:
+            checkpoint["lora_base"] = self.lora_base
+
+    def check_can_be_sharded(self) -> None:
+        """UserError for settings that need whole weights."""
+        if self.optimizer_settings.name == "muon":
+            raise UserError(
+                "optimizer.name=muon orthogonalises whole matrices, and trainer.strategy=fsdp2 keeps parts of them on "
+                "each device: set optimizer.name=adamw."
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_base(checkpoint)
         check_continues(checkpoint, self.backbone, self.optimizer_settings.name)
+
+    def check_base(self, checkpoint: dict[str, Any]) -> None:
+        """UserError where the adapters of a checkpoint were trained on other frozen weights than those here."""
+        if self.lora and checkpoint.get("lora_base", self.lora_base) != self.lora_base:
+            raise UserError(
+                f"the checkpoint holds adapters of other frozen weights than those of init_from={self.init_from}: put "
+                "the right ones back there, or name them."
+            )
 
     def setup(self, stage: str) -> None:
         check_encoded_by(getattr(self.trainer, "datamodule", None), self.codec, self.text_encoder)
-        self.text_encoder.to(self.device)
-        self.codec.to(self.device)
+        device = self.trainer.strategy.root_device  # our own is set later, together with the backbone's
+        self.text_encoder.to(device)
+        self.codec.to(device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self.losses(batch, "train", self.trainer.fit_loop.epoch_loop.total_batch_idx).mean()
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        if self.lora and self.lora.dropout:  # alone in drawing from the global generator
+            torch.manual_seed(generator(self.seed, "train/lora_dropout", step, self.global_rank).initial_seed())
+        loss = self.losses(batch, "train", step).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["captions"]))
         return loss
 
@@ -127,6 +202,8 @@ class FlowMatchingModule(LightningModule):
             raise UserError(f"trainer.gradient_clip_algorithm must be norm, not {gradient_clip_algorithm}.")
         limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
         norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), limit)
+        if isinstance(norm, DTensor):  # of all shards together, still in parts
+            norm = norm.full_tensor()
         self.log("train/gradient_norm", norm)
 
     def total_steps(self) -> int:
@@ -143,6 +220,8 @@ class FlowMatchingModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         total_steps = self.total_steps()
+        if self.lora:
+            check_adapter_types(self.backbone)
         optimizer = build_optimizer(self.backbone, self.optimizer_settings)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, total_steps, self.optimizer_settings)

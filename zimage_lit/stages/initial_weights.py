@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig
-from zimage_lit.backbone.checkpoints import read_config
+from zimage_lit.backbone.checkpoints import read_config, stored_weights
 from zimage_lit.backbone.config import PRESETS
+from zimage_lit.backbone.parallelize import fill, fill_fresh
 from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError
+from zimage_lit.lora import is_adapter, kept_weights
+from zimage_lit.sharded_checkpoints import ShardedTensors, is_sharded, read_sharded
 
 PREFIX = "backbone."  # of the backbone's tensors in a checkpoint
 
@@ -39,27 +42,70 @@ def backbone_config(settings: str | dict[str, Any]) -> S3DiTConfig:
 def build_backbone(config: S3DiTConfig, init_from: str | None, seed: int, tracking_uri: str | None = None) -> S3DiT:
     """A backbone of `config`'s sizes with the weights that `init_from` names, or seeded fresh ones for None.
 
-    init_from: a folder written by `save_pretrained`, a Lightning checkpoint (.ckpt), or `run:<mlflow run id>`, which is
-    looked up at `tracking_uri` (None: the environment's MLFLOW_TRACKING_URI, else outputs/mlflow.db).
+    init_from: a folder in the published layout, a ComfyUI file, a checkpoint of a run (.ckpt, a file or a folder), or
+    `run:<mlflow run id>`, which is looked up at `tracking_uri` (None: the environment's MLFLOW_TRACKING_URI, else
+    outputs/mlflow.db).
     Raises UserError where nothing is found there or where its sizes are not `config`'s.
     """
     if init_from is None:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.device("cpu"):  # drawn there, the weights are the same on every device
             torch.manual_seed(seed)
             return S3DiT(config)
-    is_run = init_from.startswith("run:")
-    path = run_checkpoint(init_from.removeprefix("run:"), tracking_uri) if is_run else Path(init_from)
-    if path.suffix == ".ckpt":
-        return _from_checkpoint(config, path)
-    backbone = S3DiT.from_pretrained(path, torch.get_default_dtype())  # stored in half, steps of training would vanish
-    if backbone.config != config:
-        different = [name for name, value in vars(config).items() if getattr(backbone.config, name) != value]
-        raise UserError(f"init_from={init_from}: its {', '.join(different)} differ from the experiment's backbone.")
+    weights, backbone = initial_weights(config, init_from, tracking_uri), empty_backbone(config)
+    # stored in half, steps of training would vanish; and what is still on the disk has to be copied from there
+    own = {name: weight.to(torch.get_default_dtype(), copy=True) for name, weight in weights.items()}
+    backbone.load_state_dict(own, assign=True)
     return backbone
 
 
+def empty_backbone(config: S3DiTConfig) -> S3DiT:
+    """A backbone without memory, on the meta device."""
+    with torch.device("meta"):
+        return S3DiT(config)
+
+
+def fill_backbone(backbone: S3DiT, init_from: str | None, seed: int, tracking_uri: str | None = None) -> None:
+    """Give a sharded backbone the weights of `build_backbone`, read or drawn one at a time: no rank holds them all."""
+    if init_from is None:
+        fill_fresh(backbone, empty_backbone(backbone.config), seed)
+    else:
+        fill(backbone, initial_weights(backbone.config, init_from, tracking_uri))
+
+
+def initial_weights(config: S3DiTConfig, init_from: str, tracking_uri: str | None) -> Mapping[str, torch.Tensor]:
+    """The weights that `init_from` names, as they are stored, each read when it is asked for; arguments and errors as
+    in `build_backbone`."""
+    is_run = init_from.startswith("run:")
+    path = run_checkpoint(init_from.removeprefix("run:"), tracking_uri) if is_run else Path(init_from)
+    if path.suffix != ".ckpt":
+        stored = stored_weights(path)
+        stored.check_kinds(cast=True)
+        different = [name for name, value in vars(config).items() if getattr(stored.config, name) != value]
+        if different:
+            raise UserError(f"init_from={init_from}: its {', '.join(different)} differ from the experiment's backbone.")
+        return stored
+    weights = open_weights(path)
+    if any(is_adapter(name) for name in weights):
+        raise UserError(
+            f"init_from={path}: it holds a LoRA without its base; make one folder of both by `lightning run export` "
+            "and name that."
+        )
+    shapes = weights.shapes if isinstance(weights, ShardedTensors) else weights
+    if wrong := misfits(empty_backbone(config).state_dict(), shapes):
+        raise UserError(
+            f"init_from={path}: {len(wrong)} tensors do not fit the experiment's backbone, the first is {wrong[0]}; "
+            "set model.init_args.backbone to the sizes it was trained with."
+        )
+    return weights
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a Lightning checkpoint holds, tensors still on disk; raises UserError for anything else."""
+    """What a checkpoint of a run holds, tensors still on disk; raises UserError for anything else.
+
+    Of a sharded one, which is a folder, the weights' shapes alone (`state_dict`, on the meta device) and no average.
+    """
+    if is_sharded(path):
+        return read_sharded(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}.")
     try:
@@ -76,12 +122,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer_name: str) -> None:
     """Raise UserError where a run of this backbone and optimiser cannot go on from the checkpoint."""
     weights = {name: w for name, w in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
-    wrong = misfits({f"{PREFIX}{name}": weight for name, weight in backbone.state_dict().items()}, weights)
-    if wrong:
-        raise UserError(
-            f"the checkpoint to continue from is of another backbone: {len(wrong)} tensors do not fit, the first is "
-            f"{wrong[0]}; set model.init_args.backbone to its sizes, or name another checkpoint."
-        )
+    check_weights(weights, {f"{PREFIX}{name}": weight for name, weight in kept_weights(backbone).items()})
     for state in checkpoint.get("optimizer_states", ()):
         found = "muon" if "pair" in state else "adamw"
         if found != optimizer_name:
@@ -91,18 +132,38 @@ def check_continues(checkpoint: dict[str, Any], backbone: S3DiT, optimizer_name:
             )
 
 
+def check_weights(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError where weights of a checkpoint, by their names in it, are not those that are expected."""
+    lora = any(is_adapter(name) for name in found)
+    if lora != any(is_adapter(name) for name in expected):
+        raise UserError(
+            f"the checkpoint to continue from was trained {'with' if lora else 'without'} model.init_args.lora: set "
+            "that back, or name another checkpoint."
+        )
+    if wrong := misfits(expected, found):
+        settings = "model.init_args.lora as it was there" if lora else "model.init_args.backbone to its sizes"
+        raise UserError(
+            f"the checkpoint to continue from is of another backbone: {len(wrong)} tensors do not fit, the first is "
+            f"{wrong[0]}; set {settings}, or name another checkpoint."
+        )
+
+
 def misfits(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of the tensors that only one of two models has, else of those whose shapes differ."""
     either = sorted(expected.keys() ^ found.keys())
     return either or [name for name, weight in expected.items() if found[name].shape != weight.shape]
 
 
-def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The backbone's weights of a Lightning checkpoint: their average where the run kept one, else the trained ones.
+def open_weights(path: Path) -> Mapping[str, torch.Tensor]:
+    """The backbone's weights of a checkpoint, a file or a folder: their average where the run kept one, else the
+    trained ones. Each is read when it is asked for, without a process group; names are those in the backbone.
 
-    Raises UserError for a missing or damaged file, or one without a backbone.
+    Raises UserError for a missing or damaged checkpoint, or one without a backbone.
     """
     checkpoint = read_checkpoint(path)
+    if path.is_dir():
+        average = ShardedTensors(path, "callbacks.EMA.average.")
+        return average or ShardedTensors(path, f"state_dict.{PREFIX}")
     average = checkpoint.get("callbacks", {}).get("EMA", {}).get("average")
     if average:
         return average
@@ -110,20 +171,6 @@ def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
     if not weights:
         raise UserError(f"{path} holds no tensors named {PREFIX}*, so it is not the checkpoint of a picture model.")
     return weights
-
-
-def _from_checkpoint(config: S3DiTConfig, path: Path) -> S3DiT:
-    weights = checkpoint_weights(path)
-    with torch.device("meta"):
-        backbone = S3DiT(config)
-    if wrong := misfits(backbone.state_dict(), weights):
-        raise UserError(
-            f"init_from={path}: {len(wrong)} tensors do not fit the experiment's backbone, the first is {wrong[0]}; "
-            "set model.init_args.backbone to the sizes it was trained with."
-        )
-    own = {name: weight.to(torch.get_default_dtype(), copy=True) for name, weight in weights.items()}
-    backbone.load_state_dict(own, assign=True)
-    return backbone
 
 
 def run_checkpoint(run_id: str, tracking_uri: str | None) -> Path:
