@@ -63,7 +63,7 @@ def test_the_experiment_may_be_named_as_a_key_and_any_key_may_be_mistyped(capsys
         (["quickstart", "device=8"], "device is not a setting of PlanSettings"),
         (["quickstart", "trainer.max_step=8"], "trainer.max_step is not a setting of Trainer"),
         (["quickstart", "mfu=0"], "mfu must be more than 0"),
-        (["quickstat"], "there is no experiment 'quickstat'; did you mean quickstart"),
+        (["quickstat"], "there is no experiment 'quickstat' (did you mean 'quickstart'?)"),
         ([], "experiment has no value"),
     ):
         code, printed = plan(capsys, *wrong)
