@@ -338,8 +338,9 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         span = f"{row['fastest']:.3f}-{row['slowest']:.3f}"
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
         ratio = f"{row['ours_is_faster_by']:.2f}x" if row["ours_is_faster_by"] else ""
+        figures = f"{row['tokens_per_second']:>10.0f}{row['tflops']:>9.3g}{mfu:>7}{row['peak_GiB']:>10.2f}{ratio:>9}"
         print(f"{head}{row['seconds']:>9.3f}{span:>16}{row['processor_seconds']:>11.3f}{1 / row['seconds']:>9.2f}"
-              f"{row['tokens_per_second']:>10.0f}{row['tflops']:>9.3g}{mfu:>7}{row['peak_GiB']:>10.2f}{ratio:>9}")  # fmt: skip
+              f"{figures}")  # fmt: skip
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     result = {"device": name, "torch": torch.__version__, "peak_tflops": tflops, "options": settings, "rows": rows}
     print(json.dumps(result))
