@@ -16,6 +16,7 @@ import torch
 from zimage_lit.callbacks.checkpoint import RunCheckpoint
 from zimage_lit.callbacks.ema import EMA
 from zimage_lit.callbacks.guards import StepGuard
+from zimage_lit.callbacks.report import HTMLReport
 from zimage_lit.errors import UserError
 
 
@@ -190,6 +191,13 @@ def test_counts_reach_the_loggers(tmp_path):
         rows = list(csv.DictReader(stream))
     assert [(row["guard/skipped"], row["guard/spikes"]) for row in rows] == [("1.0", "0.0")] * 2
     assert all(row["train/loss"] for row in rows)  # on the same lines
+
+
+def test_the_reports_curve_leaves_skipped_steps_out(tmp_path):
+    report = HTMLReport(every_n_steps=2)
+    fit(tmp_path, batches(bad=[2, 4, 5]), StepGuard(), [report])
+    assert [step for step, _ in report.losses] == [2, 4, 8]  # nothing was learnt in 5 and 6
+    assert all(math.isfinite(loss) for _, loss in report.losses)
 
 
 def test_settings_that_make_no_sense_are_refused():

@@ -18,6 +18,7 @@ from zimage_lit.stages.optimizers import (
     kind_of_states,
     learning_rate_factor,
 )
+from zimage_lit.validate import check_value
 
 torchao_step = pytest.mark.skipif(
     cpp_compiler() is None or importlib.util.find_spec("torchao") is None,
@@ -238,6 +239,11 @@ def test_a_group_that_matches_nothing_is_refused(patterns):
     groups = [GroupSettings(pattern) for pattern in patterns]
     with pytest.raises(UserError, match=rf"matches '{patterns[-1]}'; names look like 0\.weight"):
         build_optimizer(network(), OptimizerSettings(groups=groups))
+
+
+def test_an_unknown_key_of_a_group_is_named():
+    with pytest.raises(UserError, match=r"optimizer\.groups\[1\]\.learning_rate is not a setting of GroupSettings"):
+        check_value("optimizer.groups", [{"match": "a"}, {"match": "b", "learning_rate": 1}], list[GroupSettings])
 
 
 # ---------------------------------------------------------------------------------------------------- schedules
