@@ -51,7 +51,7 @@ def photograph(index: int) -> Image.Image:
 
 
 def write_pipeline(folder: Path) -> None:
-    """The layout of a real one; as `lightning run quickstart` exports it, but smaller, untrained, and padded as published."""
+    """The layout of a real one; as the quickstart exports it, but smaller, untrained, and padded as published."""
     config = S3DiTConfig(**{**vars(S3DiTConfig.preset("tiny")), "n_layers": 1, "pad_multiple": 32})
     pixels = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     torch.manual_seed(0)

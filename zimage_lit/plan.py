@@ -136,13 +136,15 @@ def memory_parts(training: Training) -> dict[str, int]:
     activations = activation_bytes(backbone.config, training.images, training.captions, training.keeping)
     working = working_bytes(backbone.config, training.images, training.captions, training.keeping)
     copies, copies_later = copies_bytes(training)
-    average = tensor_bytes(kept_weights(backbone).values()) // shards if training.average else 0
+    averaged = kept_weights(backbone).values() if training.average else []
+    average = sum(4 * weight.numel() for weight in averaged) // shards  # float32 whatever the weights are
     moments = {
         "the forward pass ends": gradients + activations + copies,
         "the backward pass begins": activations + working + copies_later + gradients * (training.accumulate > 1),
         "the backward pass ends": gradients + working + copies_later,
         "the optimiser steps": gradients + optimizer_working_bytes(training),
-        "pictures are drawn": gradients + average,  # with the average in the weights' place, which wait beside it
+        # the average stands in the place of the weights, which wait beside it
+        "pictures are drawn": gradients + tensor_bytes(averaged) // shards,
     }
     return {
         "weights": tensor_bytes(backbone.parameters()) // shards,

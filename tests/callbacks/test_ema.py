@@ -8,13 +8,13 @@ from zimage_lit.callbacks.ema import EMA, averaged_weights
 class Line(lightning.LightningModule):
     """A stage in miniature: its backbone is one linear layer; `history` keeps the weights after every step."""
 
-    def __init__(self):
+    def __init__(self, dtype=torch.float32):
         super().__init__()
-        self.backbone = torch.nn.Linear(3, 2)
+        self.backbone = torch.nn.Linear(3, 2, dtype=dtype)
         self.history = [self.backbone.weight.detach().clone()]
 
     def training_step(self, batch, batch_idx):
-        return (self.backbone(batch) - 1).square().mean()
+        return (self.backbone(batch.to(self.backbone.weight.dtype)) - 1).square().mean()
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self.history.append(self.backbone.weight.detach().clone())
@@ -33,14 +33,15 @@ def fit(module, callback, steps=12, **settings):
     return trainer
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("warmup", [False, True])
-def test_average_equals_the_recursion_written_out(warmup):
-    module, ema = Line(), EMA(decay=0.9, warmup=warmup)
+def test_average_equals_the_recursion_written_out_in_float32(warmup, dtype):
+    module, ema = Line(dtype), EMA(decay=0.9, warmup=warmup)
     fit(module, ema)
-    average = module.history[0]
+    average = module.history[0].float()
     for n, weights in enumerate(module.history[1:], start=1):
         decay = min(0.9, (1 + n) / (10 + n)) if warmup else 0.9
-        average = decay * average + (1 - decay) * weights
+        average = decay * average + (1 - decay) * weights.float()
     torch.testing.assert_close(ema.average["weight"], average)
     assert not torch.allclose(average, module.history[-1], atol=1e-4)
 

@@ -151,11 +151,13 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(like: Tensor, whole: Tensor) -> Tensor:
-    """A tensor placed as `like` is, of its type and on its device, made of `whole` without communication."""
+def own_part(like: Tensor, whole: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor placed as `like` is, on its device and of its type if none is given, made of `whole` without
+    communication."""
+    dtype = dtype or like.dtype
     if not isinstance(like, DTensor):
-        return whole.to(like.device, like.dtype, copy=True)
-    part = whole[own_rows(like)].to(like.device, like.dtype, copy=True)
+        return whole.to(like.device, dtype, copy=True)
+    part = whole[own_rows(like)].to(like.device, dtype, copy=True)
     return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

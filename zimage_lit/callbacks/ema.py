@@ -18,7 +18,8 @@ class EMA(Callback):
     """average <- average + (1 - d) * (weights - average) after every optimiser step; kept in the checkpoint.
 
     `pl_module` is any LightningModule with a `backbone`. Of a sharded one each rank averages its own part;
-    of a LoRA the adapters alone are averaged.
+    of a LoRA the adapters alone are averaged. The average is float32 at least: a thousandth of a step is less than the
+    last digit of a bfloat16.
 
     decay: d in the long run.   warmup: d follows min(decay, (1 + n) / (10 + n)), so early averages forget the start.
     """
@@ -34,13 +35,16 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if not self.average:
-            self.average = {name: w.detach().clone() for name, w in kept_weights(pl_module.backbone).items()}
+            self.average = {
+                name: weight.detach().to(average_type(weight), copy=True)
+                for name, weight in kept_weights(pl_module.backbone).items()
+            }
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         for name, weight in kept_weights(pl_module.backbone).items():
             average = self.average[name]  # may come from a checkpoint of a single process
             if average.device != weight.device or type(average) is not type(weight):
-                self.average[name] = own_part(weight, average)
+                self.average[name] = own_part(weight, average, average_type(weight))
         self._last_step = trainer.global_step
 
     @torch.no_grad()
@@ -54,7 +58,12 @@ class EMA(Callback):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         weights = kept_weights(pl_module.backbone)
         averages = [local(self.average[name]) for name in weights]
-        torch._foreach_lerp_(averages, [local(weight) for weight in weights.values()], 1 - decay)
+        trained = [local(weight) for weight in weights.values()]
+        if all(weight.dtype == average_type(weight) for weight in trained):
+            torch._foreach_lerp_(averages, trained, 1 - decay)
+            return
+        for average, weight in zip(averages, trained, strict=True):  # one at a time: all of them widened take memory
+            average.lerp_(weight.to(average.dtype), 1 - decay)
 
     @contextmanager
     def applied(self, pl_module: Any) -> Iterator[None]:
@@ -73,6 +82,10 @@ class EMA(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates = state_dict["updates"]
         self.average = dict(state_dict["average"])
+
+
+def average_type(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 @torch.no_grad()
