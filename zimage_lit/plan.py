@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from zimage_lit.backbone.flops import TrainingWork
 from zimage_lit.backbone.memory import activation_bytes, working_bytes
-from zimage_lit.callbacks.throughput import TrainingWork
 from zimage_lit.config import compose, settings_from
 from zimage_lit.errors import UserError
 from zimage_lit.hardware import peak_flops

@@ -4,8 +4,6 @@ import resource
 import statistics
 import sys
 import time
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +12,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 from torch import nn
 
-from zimage_lit.backbone import S3DiT, S3DiTConfig
-from zimage_lit.backbone.flops import padded
+from zimage_lit.backbone import S3DiT
+from zimage_lit.backbone.flops import TrainingWork, padded
 from zimage_lit.errors import UserError
 from zimage_lit.hardware import peak_flops
 
@@ -169,67 +167,6 @@ class Throughput(Callback):
         if self.peak_tflops is not None:
             return self.peak_tflops * 1e12
         return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-class TrainingWork:
-    """Operations of a training step, from the network as it is trained: whole, or frozen with LoRA.
-
-    A matrix costs 2 operations an element and token in the forward, as much for the gradient of its input, and as much
-    again for its own if it is trained; attention, which has no weights, three forwards' worth. Where nothing is frozen
-    that is three times `backbone.flops.forward_flops`. Norms, gates and the like are not counted.
-
-    again: every block's forward is computed once more in the backward pass.
-    """
-
-    def __init__(self, network: S3DiT, again: bool = False) -> None:
-        self.config, self.again = network.config, again
-        self.sizes: Counter[str] = Counter()  # elements of the matrices that see the same tokens
-        self.trained: Counter[str] = Counter()  # those of them that are trained
-        for name, parameter in network.named_parameters():
-            if parameter.ndim > 1 and not name.endswith("pad_token"):
-                self.sizes[tokens_seen(name)] += parameter.numel()
-                self.trained[tokens_seen(name)] += parameter.numel() * parameter.requires_grad
-
-    def flops(self, image_tokens: Sequence[int], caption_tokens: Sequence[int]) -> tuple[int, int]:
-        """(the model's own, those executed) of one training step over these samples."""
-        images = sum(padded(tokens, self.config.pad_multiple) for tokens in image_tokens)
-        captions = sum(padded(tokens, self.config.pad_multiple) for tokens in caption_tokens)
-        tokens = {
-            "samples": len(image_tokens),
-            "real images": sum(image_tokens),
-            "real captions": sum(caption_tokens),
-            "images": images,
-            "captions": captions,
-            "both": images + captions,
-        }
-        forward = sum(2 * size * tokens[seen] for seen, size in self.sizes.items())
-        own_gradients = sum(2 * size * tokens[seen] for seen, size in self.trained.items())
-        attention = attention_flops(self.config, image_tokens, caption_tokens)
-        model = 2 * forward + own_gradients + 3 * attention
-        return model, model + (forward + attention if self.again else 0)
-
-
-def tokens_seen(name: str) -> str:
-    """Which tokens pass through the matrix of this name, be it one of LoRA's."""
-    if "adaLN_modulation" in name or name.startswith("t_embedder"):
-        return "samples"
-    places = {
-        "all_x_embedder": "real images",
-        "cap_embedder": "real captions",
-        "noise_refiner": "images",
-        "all_final_layer": "images",
-        "context_refiner": "captions",
-    }
-    return places.get(name.partition(".")[0], "both")
-
-
-def attention_flops(config: S3DiTConfig, image_tokens: Sequence[int], caption_tokens: Sequence[int]) -> int:
-    """The two products of attention, of one forward; a part of `backbone.flops.forward_flops`."""
-    images = [padded(tokens, config.pad_multiple) for tokens in image_tokens]
-    captions = [padded(tokens, config.pad_multiple) for tokens in caption_tokens]
-    refined = sum(length**2 for length in [*images, *captions])
-    whole = sum((image + caption) ** 2 for image, caption in zip(images, captions, strict=True))
-    return 4 * config.dim * (config.n_refiner_layers * refined + config.n_layers * whole)
 
 
 class FetchClock(Profiler):
