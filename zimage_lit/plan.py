@@ -3,11 +3,10 @@
 The backbone is built on the meta device, where it has sizes and no values; memory and work follow from these sizes and
 from the lengths of the longest samples. Nothing is loaded, downloaded or trained.
 
-A GPU's memory is most in use at one of a few moments: at the end of the forward pass (all activations, and the
-gradients of the step before, which Lightning frees only then), in the backward pass (activations, then gradients, and
-what one block needs to work), in the optimiser's step, or between steps, when pictures are drawn. The part "working
-memory" is what the largest of them needs beyond weights, states, gradients and activations together, so that the parts
-add up to the peak. Not counted are pictures on their way through the codec, which pass before there are activations.
+A GPU's memory is most in use at one of a few moments: as the backward pass begins (all activations, and what one block
+needs to work) or ends (all gradients), in the optimiser's step, or between steps, when pictures are drawn. The parts are
+those of the largest of these moments; gradients, say, are not there when the backward pass begins. Not counted are
+pictures on their way through the codec, which pass before there are activations.
 """
 
 import json
@@ -71,6 +70,7 @@ class Plan:
     parameters: int
     trained: int
     memory: dict[str, int]  # part -> bytes
+    moment: str  # at which these are in use together
     total: int  # the parts, the gaps between them and the overhead
     fits: bool
     flops: float  # those executed, recomputing included
@@ -114,6 +114,7 @@ def make_plan(training: Training, asked: PlanSettings) -> Plan:
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         memory=memory,
+        moment=peak_moment(training),
         total=total,
         fits=total <= asked.gpu_memory * GIB,
         flops=flops,
@@ -129,34 +130,51 @@ def make_plan(training: Training, asked: PlanSettings) -> Plan:
 
 
 def memory_parts(training: Training) -> dict[str, int]:
-    """Part -> bytes on one device; together they are the peak of a step, see the head of this file."""
+    """Part -> bytes on one device: what is there all the time, and what the largest moment of a step adds."""
     backbone, shards = training.backbone, training.shards
-    trained = [p for p in backbone.parameters() if p.requires_grad]
-    gradients = tensor_bytes(trained) // shards
-    activations = activation_bytes(backbone.config, training.images, training.captions, training.keeping)
-    working = working_bytes(backbone.config, training.images, training.captions, training.keeping)
-    copies, copies_later = copies_bytes(training)
     averaged = kept_weights(backbone).values() if training.average else []
-    average = sum(4 * weight.numel() for weight in averaged) // shards  # float32 whatever the weights are
-    moments = {
-        "the forward pass ends": gradients + activations + copies,
-        "the backward pass begins": activations + working + copies_later + gradients * (training.accumulate > 1),
-        "the backward pass ends": gradients + working + copies_later,
-        "the optimiser steps": gradients + optimizer_working_bytes(training),
-        # the average stands in the place of the weights, which wait beside it
-        "pictures are drawn": gradients + tensor_bytes(averaged) // shards,
-    }
-    return {
+    gradients = gradient_bytes(training)
+    steady = {
         "weights": tensor_bytes(backbone.parameters()) // shards,
-        "gathered blocks" if training.strategy == "fsdp2" else "weights in bfloat16": copies,
-        "gradients": gradients,
-        "gradients once more (DDP)": gradients if training.strategy == "ddp" else 0,  # in the buckets that are summed
         "optimiser states": optimizer_bytes(training) // shards,
-        "average of the weights": average,
-        "activations": activations,
-        "working memory": max(moments.values()) - gradients - activations - copies,
+        "average of the weights": sum(4 * weight.numel() for weight in averaged) // shards,  # always float32
+        "gradients once more (DDP)": gradients if training.strategy == "ddp" else 0,  # in the buckets that are summed
         "text encoder and codec": training.frozen,
     }
+    return steady | moments_of(training)[peak_moment(training)]
+
+
+def moments_of(training: Training) -> dict[str, dict[str, int]]:
+    """Moment of a step -> part -> bytes on one device."""
+    sizes = training.backbone.config, training.images, training.captions, training.keeping
+    gradients, working = gradient_bytes(training), working_bytes(*sizes)
+    copies, copies_later = copies_bytes(training)
+    named = "gathered blocks" if training.strategy == "fsdp2" else "weights in bfloat16"
+    # the average is drawn with in the place of the weights, which wait beside it
+    waiting = tensor_bytes(kept_weights(training.backbone).values()) // training.shards if training.average else 0
+    accumulated = gradients if training.accumulate > 1 else 0
+    activations = activation_bytes(*sizes)
+    return {
+        "the forward pass ends": {"activations": activations, named: copies, "gradients": accumulated},
+        "the backward pass begins": {
+            "activations": activations,
+            "working memory": working,
+            named: copies_later,
+            "gradients": accumulated,
+        },
+        "the backward pass ends": {"working memory": working, named: copies_later, "gradients": gradients},
+        "the optimiser steps": {"working memory": optimizer_working_bytes(training), "gradients": gradients},
+        "pictures are drawn": {"weights that wait": waiting},
+    }
+
+
+def peak_moment(training: Training) -> str:
+    """The moment of a step at which most memory is in use."""
+    return max(moments_of(training).items(), key=lambda moment: sum(moment[1].values()))[0]
+
+
+def gradient_bytes(training: Training) -> int:
+    return tensor_bytes(p for p in training.backbone.parameters() if p.requires_grad) // training.shards
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -308,7 +326,8 @@ def show(asked: PlanSettings, training: Training, found: Plan, attempts: list[At
         f"{max(training.images)} + {max(training.captions)} tokens a sample; activation checkpointing: "
         f"{keeping.checkpointing}"
     )
-    table = Table(title="memory of one device at its peak", title_justify="left", min_width=46)
+    console.print(f"memory of one device at its peak, when {found.moment}:")
+    table = Table(min_width=46)
     table.add_column("part")
     table.add_column("GiB", justify="right")
     for part, size in found.memory.items():

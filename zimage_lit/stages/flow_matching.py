@@ -210,6 +210,10 @@ class FlowMatchingModule(LightningModule):
             if hasattr(callback, "on_gradient_norm"):
                 callback.on_gradient_norm(self.trainer, self, optimizer, norm)
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # Lightning would hold the gradients until after the next forward
+
     def total_steps(self) -> int:
         """Optimiser steps of the run, which a learning rate that decays must know; 0 where it has no end."""
         steps = self.trainer.estimated_stepping_batches
