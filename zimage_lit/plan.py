@@ -4,8 +4,8 @@ The backbone is built on the meta device, where it has sizes and no values; memo
 from the lengths of the longest samples. Nothing is loaded, downloaded or trained.
 
 A GPU's memory is most in use at one of a few moments: as the backward pass begins (all activations, and what one block
-needs to work) or ends (all gradients), in the optimiser's step, or between steps, when pictures are drawn. The parts are
-those of the largest of these moments; gradients, say, are not there when the backward pass begins. Not counted are
+needs to work) or ends (all gradients), in the optimiser's step, or between steps, when pictures are drawn. The parts
+are those of the largest of these moments; gradients, say, are not there when the backward pass begins. Not counted are
 pictures on their way through the codec, which pass before there are activations.
 """
 
