@@ -167,7 +167,10 @@ def test_the_fine_tune_draws_its_prompts_and_leaves_a_pipeline(walk: Walk) -> No
 
 def test_encoded_data_train_as_the_pictures_do(walk: Walk) -> None:
     """The same samples, noise and captions; only bfloat16 lies between the two."""
-    weights = [load_file(f"outputs/{run}/pipeline/transformer/diffusion_pytorch_model.safetensors") for run in ("mine", "encoded")]
+    weights = [
+        load_file(f"outputs/{run}/pipeline/transformer/diffusion_pytorch_model.safetensors")
+        for run in ("mine", "encoded")
+    ]
     start = load_file("models/z-image/transformer/diffusion_pytorch_model.safetensors")
     moved, apart = 0.0, 0.0
     for name, first in weights[0].items():
