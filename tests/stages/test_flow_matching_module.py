@@ -18,7 +18,13 @@ from zimage_lit.objectives import TimestepLaw
 from zimage_lit.rng import generator
 from zimage_lit.stages import FlowMatchingModule
 from zimage_lit.stages.initial_weights import backbone_config, build_backbone
-from zimage_lit.stages.optimizers import OptimizerSettings, build_optimizer, is_block_matrix, learning_rate_factor
+from zimage_lit.stages.optimizers import (
+    GroupSettings,
+    OptimizerSettings,
+    build_optimizer,
+    is_block_matrix,
+    learning_rate_factor,
+)
 
 CONFIG = S3DiTConfig(
     dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=64,
@@ -98,12 +104,12 @@ def test_pictures_of_different_sizes_train_in_one_step(parts, batch):
     assert module.losses(batch, "train", 0).shape == (8,)
 
 
-def fit(module, batch, steps: int, folder: Path, **settings) -> lightning.Trainer:
+def fit(module, batch, steps: int, folder: Path, resume: Path | None = None, **settings) -> lightning.Trainer:
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder, **settings,
     )  # fmt: skip
-    trainer.fit(module, torch.utils.data.DataLoader([batch] * steps, batch_size=None))
+    trainer.fit(module, torch.utils.data.DataLoader([batch] * steps, batch_size=None), ckpt_path=resume)
     return trainer
 
 
@@ -157,6 +163,36 @@ def test_gradients_are_clipped_and_the_norm_is_logged(parts, batch, tmp_path):
     assert trainer.callback_metrics["train/gradient_norm"] > 1e-2
     assert clipped.total == pytest.approx(1e-3, rel=1e-3)
     assert all(parameter.grad is None for parameter in module.parameters())  # not held beside the next activations
+
+
+def test_a_largest_norm_of_zero_clips_nothing(parts, batch, tmp_path):
+    """As everywhere in Lightning; taken at its word it would turn every gradient to zero."""
+    module, twin = stage(parts), stage(parts)
+    fit(module, batch, 1, tmp_path, gradient_clip_val=0)
+    fit(twin, batch, 1, tmp_path, gradient_clip_val=None)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_run_that_goes_on_has_the_rates_of_its_settings(parts, batch, tmp_path, name):
+    """A guard's advice after steps that broke is a lower learning rate: the checkpoint's must not come back."""
+    schedule = {"name": name, "decay": "linear", "warmup_steps": 1}
+    first = fit(stage(parts, optimizer=OptimizerSettings(lr=1e-3, muon_lr=1e-2, **schedule)), batch, 4, tmp_path)
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    lower = OptimizerSettings(lr=1e-4, muon_lr=1e-3, weight_decay=0.1, betas=(0.8, 0.9), **schedule)
+    trainer = fit(stage(parts, optimizer=lower), batch, 6, tmp_path, resume=tmp_path / "last.ckpt")
+    groups = trainer.optimizers[0].param_groups
+    assert trainer.global_step == 6 and all(group["lr"] == 0 for group in groups)
+    assert [group["initial_lr"] for group in groups] == ([1e-3] if name == "muon" else []) + [1e-4, 1e-4]
+    assert [group["weight_decay"] for group in groups] == ([0.1] if name == "muon" else []) + [0.1, 0.0]
+    assert groups[-1]["betas"] == (0.8, 0.9)
+
+
+def test_a_checkpoint_of_other_groups_is_named(parts, batch, tmp_path):
+    fit(stage(parts), batch, 1, tmp_path).save_checkpoint(tmp_path / "last.ckpt")
+    grouped = OptimizerSettings(groups=[GroupSettings("*_embedder.*", lr_scale=0.5)])
+    with pytest.raises(UserError, match=r"other optimizer\.groups, of .* set them back"):
+        fit(stage(parts, optimizer=grouped), batch, 2, tmp_path, resume=tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -34,7 +34,7 @@ from zimage_lit.stages.initial_weights import (
     empty_backbone,
     fill_backbone,
 )
-from zimage_lit.stages.optimizers import OptimizerSettings, build_optimizer, learning_rate_factor
+from zimage_lit.stages.optimizers import LearningRate, OptimizerSettings, build_optimizer
 
 
 class FlowMatchingModule(LightningModule):
@@ -201,7 +201,7 @@ class FlowMatchingModule(LightningModule):
         """Clip and log the norm; Lightning's own clipping refuses the fused AdamW under mixed precision."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise UserError(f"trainer.gradient_clip_algorithm must be norm, not {gradient_clip_algorithm}.")
-        limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
+        limit = float(gradient_clip_val or math.inf)  # 0 means none to Lightning, too
         norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), limit)
         if isinstance(norm, DTensor):  # of all shards together, still in parts
             norm = norm.full_tensor()
@@ -231,7 +231,5 @@ class FlowMatchingModule(LightningModule):
         if self.lora:
             check_adapter_types(self.backbone)
         optimizer = build_optimizer(self.backbone, self.optimizer_settings, self.seed)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, total_steps, self.optimizer_settings)
-        )
+        schedule = LearningRate(optimizer, total_steps, self.optimizer_settings)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

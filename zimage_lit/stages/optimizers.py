@@ -1,5 +1,6 @@
 """The optimiser and learning-rate schedule of a stage, as plain settings."""
 
+import copy
 import importlib.util
 import math
 import os
@@ -101,8 +102,9 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings, seed: int = 0
     orthogonalised = {n for n, p in trainable.items() if settings.name == "muon" and is_block_matrix(n, p)}
     adamw_groups = optimizer_groups(trainable, taken, settings, settings.lr, trainable.keys() - orthogonalised)
     if settings.needs_torchao:
-        return torchao_adamw(adamw_groups, settings, seed)
+        return refusing_other_groups(torchao_adamw(adamw_groups, settings, seed))
     adamw = torch.optim.AdamW(adamw_groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    refusing_other_groups(adamw)
     if settings.name == "adamw":
         return adamw
     muon = StackedMuon(
@@ -111,7 +113,24 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings, seed: int = 0
         ns_steps=settings.muon_ns_steps,
         adjust_lr_fn="match_rms_adamw",
     )
-    return OptimizerPair(muon, adamw)
+    return OptimizerPair(refusing_other_groups(muon), adamw)
+
+
+def refusing_other_groups(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimiser, which raises UserError for a state whose groups hold other numbers of parameters."""
+
+    def check(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        stored, own = (
+            [len(group["params"]) for group in groups["param_groups"]] for groups in (state, vars(optimizer))
+        )
+        if stored != own:
+            raise UserError(
+                f"the checkpoint to continue from was trained with other optimizer.groups, of {stored} parameters and "
+                f"not {own}: set them back, or begin a new run from its weights with model.init_args.init_from."
+            )
+
+    optimizer.register_load_state_dict_pre_hook(check)
+    return optimizer
 
 
 def group_parameters(trainable: Mapping[str, Tensor], groups: Sequence[GroupSettings]) -> dict[str, GroupSettings]:
@@ -274,6 +293,33 @@ class OptimizerPair(torch.optim.Optimizer):
         for optimizer, state in zip(self.pair, state_dict["pair"], strict=True):
             optimizer.load_state_dict(state)
         self.share_groups()
+
+
+class LearningRate(torch.optim.lr_scheduler.LambdaLR):
+    """The schedule of the settings.
+
+    A run that continues takes from its checkpoint how far it has come; the peak, the decay of weights and everything
+    else of the optimiser's groups are those of the settings, which may have changed since.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int, settings: OptimizerSettings) -> None:
+        super().__init__(optimizer, lambda step: learning_rate_factor(step, total_steps, settings))
+        self.groups = [copy.deepcopy(without_parameters(group)) for group in optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().state_dict().items() if name != "groups"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "base_lrs": self.base_lrs})
+        for group, own, peak in zip(self.optimizer.param_groups, self.groups, self.base_lrs, strict=True):
+            group.update(copy.deepcopy(own))
+            rate = peak * self.lr_lambdas[0](self.last_epoch)
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate  # torchao's is a tensor
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 def learning_rate_factor(step: int, total_steps: int, settings: OptimizerSettings) -> float:
