@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from zimage_lit import cli
 from zimage_lit.run_folder import read_status
@@ -239,6 +240,16 @@ def test_sigterm_from_outside_ends_the_command_with_its_code(toy: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped at step" in errors and "Traceback" not in errors
     assert Path("outputs/toy/checkpoints/last.ckpt").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_all_processes_meet_is_said_by_the_first_alone(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, rank: int
+) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    fail = "trainer.callbacks.fail={class_path: toys.FailAt, init_args: {step: 3, shared: true}}"
+    assert cli.main(["run", "toy", fail]) == 1
+    assert capsys.readouterr().err.count("all toys are broken: mend them") == 1 - rank
 
 
 def test_a_user_error_while_running_is_a_sentence_and_a_bug_keeps_its_traceback(

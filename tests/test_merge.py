@@ -143,6 +143,7 @@ def test_tinyworld_scores_a_pipeline_as_in_training(variants: list[Path]) -> Non
         ({"weights": [0.5, 0.5], "sweep": 3}, "give either weights"),
         ({"weights": [0.5, 0.6]}, r"weights must be 2 numbers.*add up to 1, not \[0.5, 0.6\]"),
         ({"weights": [1.0]}, "weights must be 2 numbers"),
+        ({"weights": [0.5, 0.5], "pictures": ["a boat"]}, "pictures, metric and score_arguments belong to a score"),
         ({"sweep": 3}, "sweep needs a score to choose by"),
         ({"sweep": 0, "score": "tinyworld"}, "sweep must be at least 1"),
         ({"sweep": 3, "score": "tiniworld"}, "score must be tinyworld, or module:function, not tiniworld"),

@@ -55,6 +55,13 @@ def test_a_fine_tune_of_all_weights_fits_eight_gpus_and_not_one(capsys: pytest.C
         assert f"  {override}\n" in printed
 
 
+def test_devices_that_nobody_counted_are_told(capsys: pytest.CaptureFixture) -> None:
+    words = ["z-image-6b/lora", "trainer.devices=auto", "trainer.strategy=fsdp2"]
+    assert "taken for one here: give devices=8" in plan(capsys, *words)[1]
+    code, printed = plan(capsys, *words, "devices=2")
+    assert code == 0 and "taken for one" not in printed and ", 2 shards" in printed
+
+
 def test_the_experiment_may_be_named_as_a_key_and_any_key_may_be_mistyped(capsys: pytest.CaptureFixture) -> None:
     words = ["experiment=quickstart", "trainer.accelerator=cpu", "caption_tokens=40"]
     code, printed = plan(capsys, *words)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from zimage_lit.errors import UserError
+from zimage_lit.errors import SharedError, UserError
 
 
 @dataclasses.dataclass
@@ -89,11 +89,13 @@ class SignalAt(Callback):
 
 
 class FailAt(Callback):
-    def __init__(self, step: int, friendly: bool = False) -> None:
-        self.step, self.friendly = step, friendly
+    def __init__(self, step: int, friendly: bool = False, shared: bool = False) -> None:
+        self.step, self.friendly, self.shared = step, friendly, shared
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step:
+            if self.shared:
+                raise SharedError("all toys are broken: mend them")
             raise UserError("the toy is broken: mend it") if self.friendly else RuntimeError("a bug")
 
 

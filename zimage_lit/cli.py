@@ -35,7 +35,7 @@ from zimage_lit.config import (
     settings_from,
     to_yaml,
 )
-from zimage_lit.errors import UserError
+from zimage_lit.errors import SharedError, UserError
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,8 @@ def fit(settings: RunSettings, config: dict[str, Any], checkpoint: Path | None, 
         print(f"stopped at step {stop.step}: the same command continues from {stop.checkpoint}", file=sys.stderr)
         return int(stop.code or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first_process or not isinstance(error, SharedError):
+            print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
         clean_stop.restore()

@@ -5,6 +5,10 @@ class UserError(Exception):
     """Something the person at the keyboard can mend: one sentence that names the file or key and the way out."""
 
 
+class SharedError(UserError):
+    """One that every process of a run meets at the same moment: it is enough that the first one says it."""
+
+
 def at_least_one(name: str, value: int) -> int:
     """The value of the setting `name`, if it is a positive number."""
     if value < 1:

@@ -137,7 +137,7 @@ def apply_lora(backbone: S3DiT, settings: LoRASettings, seed: int = 0, name: str
         use_dora=settings.dora,
         init_lora_weights=False,
     )
-    with torch.random.fork_rng():  # peft draws values of its own
+    with torch.random.fork_rng(devices=[]):  # peft draws values of its own
         inject_adapter_in_model(config, backbone, adapter_name=name)
     _adapter_parts_to(backbone, name, torch.float32)
     if backbone.x_pad_token.device.type != "meta":
@@ -148,11 +148,12 @@ def apply_lora(backbone: S3DiT, settings: LoRASettings, seed: int = 0, name: str
 @torch.no_grad()
 def reset_adapters(backbone: S3DiT, settings: LoRASettings, seed: int = 0, name: str = TRAINED) -> None:
     """Seeded fresh values: no effect yet, because every `up` is zero and every magnitude the length of its row."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)  # the CPU's alone
         for layer in lora_layers(backbone, name).values():
             down, up = _matrices(layer, name)
-            values = torch.empty(down.shape)  # drawn whole, on the CPU: the same on every device and share of it
+            # drawn whole, on the CPU whatever the trainer makes tensors on: the same on every device and share of it
+            values = torch.empty(down.shape, dtype=torch.float32, device="cpu")
             if settings.init == "kaiming":
                 nn.init.kaiming_uniform_(values, a=math.sqrt(5))
             else:
@@ -213,7 +214,7 @@ def add_adapters(backbone: S3DiT, adapters: Adapters, name: str, scale: float = 
     config = LoraConfig(
         target_modules=list(adapters), rank_pattern=ranks, use_dora=dora, init_lora_weights=False, inference_mode=True
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, backbone, adapter_name=name)
     for path, layer in lora_layers(backbone, name).items():
         down, up = _matrices(layer, name)

@@ -105,6 +105,8 @@ def mixes_of(asked: MergeSettings) -> list[Mix]:
         raise UserError("variants must name at least two models.")
     if (asked.weights is None) == (asked.sweep is None):
         raise UserError("give either weights=[…], one for each variant, or sweep=5 (or another number of steps).")
+    if asked.score is None and (asked.pictures or asked.metric or asked.score_arguments):
+        raise UserError("pictures, metric and score_arguments belong to a score: give score=…, or leave them out.")
     if asked.sweep is not None:
         if asked.score is None:
             raise UserError("sweep needs a score to choose by: score=tinyworld, or score=module:function.")

@@ -318,8 +318,11 @@ def show(asked: PlanSettings, training: Training, found: Plan, attempts: list[At
     """Print the plan."""
     console = Console()
     keeping = training.keeping
-    kind = {"one device": "", "ddp": ", a copy each", "fsdp2": f", {training.shards} shards"}[training.strategy]
+    shards = f", {training.shards} shard{'s' if training.shards > 1 else ''}"
+    kind = {"one device": "", "ddp": ", a copy each", "fsdp2": shards}[training.strategy]
     console.print(f"[bold]{asked.experiment}[/] on {training.devices} x {asked.gpu_memory:g} GiB{kind}")
+    if training.devices_guessed:
+        console.print("all devices of a machine, taken for one here: give devices=8 (or as many as there are)")
     console.print(f"{found.parameters:,} parameters, {found.trained:,} of them trained")
     console.print(
         f"{found.images} pictures a step; a batch of {len(training.images)} on each device, at most "

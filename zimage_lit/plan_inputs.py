@@ -51,6 +51,7 @@ class Training:
     frozen: int  # bytes of text encoder and codec
     accumulate: int  # batches an optimiser step
     steps: int | None  # None: nobody has said
+    devices_guessed: bool = False  # the experiment takes all that a machine has, which is not known here
 
     @property
     def on_gpu(self) -> bool:
@@ -91,6 +92,7 @@ def read_training(config: Mapping[str, Any], devices: int | None = None, caption
     lora = settings_from(LoRASettings, model["lora"], "model.init_args.lora") if model.get("lora") else None
     backbone = meta_backbone(model["backbone"], lora, precision)
     parallelize = settings_from(ParallelizeSettings, model.get("parallelize") or {}, "model.init_args.parallelize")
+    guessed = devices is None and str(trainer.get("devices", "auto")) in ("auto", "-1")
     devices = devices or device_count(trainer)
     strategy, replicate = strategy_of(trainer, devices)
     keeping = Keeping(
@@ -117,6 +119,7 @@ def read_training(config: Mapping[str, Any], devices: int | None = None, caption
         frozen=frozen_bytes(model, data),
         accumulate=int(trainer.get("accumulate_grad_batches") or 1),
         steps=step_count(trainer, data, len(images) * devices),
+        devices_guessed=guessed,
     )
 
 

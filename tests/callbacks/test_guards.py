@@ -17,7 +17,7 @@ from zimage_lit.callbacks.checkpoint import RunCheckpoint
 from zimage_lit.callbacks.ema import EMA
 from zimage_lit.callbacks.guards import StepGuard
 from zimage_lit.callbacks.report import HTMLReport
-from zimage_lit.errors import UserError
+from zimage_lit.errors import SharedError, UserError
 
 
 class Line(lightning.LightningModule):
@@ -117,7 +117,7 @@ def test_either_of_loss_and_gradient_is_enough(tmp_path, kind):
 
 def test_too_many_in_a_row_stop_the_run_and_its_checkpoint_is_whole(tmp_path):
     guard, checkpoint = StepGuard(max_skipped_in_a_row=3), RunCheckpoint(every_n_steps=4)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(SharedError) as error:  # all ranks raise it, one says it
         fit(tmp_path, batches(bad=[1, 3, 4, 5]), guard, [checkpoint])
     text, last = str(error.value), tmp_path / "checkpoints/last.ckpt"
     assert "3 steps in a row had a loss or gradient that is not finite, the last of them step 6" in text

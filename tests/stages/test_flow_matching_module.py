@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from data_modules.tinyworld.world import draw
 from zimage_lit.backbone import S3DiT, S3DiTConfig
@@ -163,6 +164,11 @@ def test_gradients_are_clipped_and_the_norm_is_logged(parts, batch, tmp_path):
     assert trainer.callback_metrics["train/gradient_norm"] > 1e-2
     assert clipped.total == pytest.approx(1e-3, rel=1e-3)
     assert all(parameter.grad is None for parameter in module.parameters())  # not held beside the next activations
+
+
+def test_float16_is_refused(parts, batch, tmp_path):
+    with pytest.raises(UserError, match="16-mixed overflows"):
+        fit(stage(parts), batch, 1, tmp_path, plugins=[MixedPrecision("16-mixed", "cpu")])
 
 
 def test_a_largest_norm_of_zero_clips_nothing(parts, batch, tmp_path):

@@ -1,14 +1,18 @@
 """Optimisers against torch's AdamW, schedules against their shapes written out, and what is refused."""
 
 import importlib.util
+from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from zimage_lit.callbacks.checkpoint import RunCheckpoint
 from zimage_lit.errors import UserError
+from zimage_lit.run_folder import last_checkpoint
 from zimage_lit.stages.initial_weights import read_checkpoint
 from zimage_lit.stages.optimizers import (
     GroupSettings,
@@ -148,6 +152,41 @@ def test_low_bit_states_continue_exactly_from_a_checkpoint(name, tmp_path):
     optimizer.load_state_dict(stored["optimizer"])
     run(second, optimizer, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
+
+
+class Fitted(lightning.LightningModule):
+    """A network of one matrix with 8-bit states in a trainer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = network()
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return (self.model(batch) - 1).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.model, OptimizerSettings(name="adamw8bit", lr=1e-2, **COMMON))
+
+
+@torchao_step
+def test_a_run_with_8_bit_states_goes_on_from_its_checkpoint(tmp_path):
+    """Through the trainer, whose own reading of checkpoints torch cannot do with such states."""
+
+    def fit(folder: Path, steps: int, resume: Path | None = None) -> nn.Module:
+        trainer = lightning.Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=folder, callbacks=[RunCheckpoint()],
+        )  # fmt: skip
+        module = Fitted()
+        batches = [torch.randn(4, SIZE, generator=torch.Generator().manual_seed(0))] * 8  # wherever the loader stands
+        trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None), ckpt_path=resume)
+        assert trainer.global_step == steps
+        return module.model
+
+    straight = fit(tmp_path / "straight", 4)
+    fit(tmp_path / "halves", 2)
+    resumed = fit(tmp_path / "halves", 4, last_checkpoint(tmp_path / "halves"))
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
 @pytest.fixture

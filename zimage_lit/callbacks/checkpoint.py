@@ -4,13 +4,16 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from zimage_lit.errors import UserError, at_least_one
+from zimage_lit.errors import SharedError, UserError, at_least_one
 from zimage_lit.run_folder import last_checkpoint
+from zimage_lit.stages.initial_weights import allow_low_bit_states
 from zimage_lit.strategies import FSDP2Strategy
 
 
@@ -37,6 +40,10 @@ class RunCheckpoint(Checkpoint):
         self.keep_every_n_steps = keep_every_n_steps
         self._saved_step = 0
         self._end: float = math.inf  # the run's last step
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody has put in one of their own
+            trainer.strategy.checkpoint_io = CheckpointFiles()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
@@ -71,7 +78,8 @@ class RunCheckpoint(Checkpoint):
             if trainer.is_global_zero:
                 remove(fresh)
             good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written before"
-            raise UserError(
+            kind = SharedError if sharded else UserError
+            raise kind(
                 f"cannot write a checkpoint in {last.parent} ({error}); {good}: make room, then start the same command "
                 "again to resume."
             ) from error
@@ -96,6 +104,14 @@ class RunCheckpoint(Checkpoint):
         os.replace(link, last)
         sync(last.parent)
         remove(spare_folder(last))
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Lightning's checkpoint files, 8-bit optimiser states included, which torch cannot read on Lightning's terms."""
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        allow_low_bit_states(Path(path))
+        return cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=weights_only is not False))
 
 
 # A folder cannot take the place of another in one move, a link can: sharded checkpoints are written to these in turn,

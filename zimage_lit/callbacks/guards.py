@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from zimage_lit.errors import UserError, at_least_one
+from zimage_lit.errors import SharedError, UserError, at_least_one
 from zimage_lit.files import write_atomically
 from zimage_lit.run_folder import last_checkpoint
 
@@ -133,10 +133,10 @@ class StepGuard(Callback):
         else:
             last = last_checkpoint(Path(trainer.default_root_dir))
             good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written before"
-            raise UserError(
+            raise SharedError(
                 f"{self.in_a_row} steps in a row had a loss or gradient that is not finite, the last of them step "
-                f"{step} ({told}); {good}: lower the learning rate, or leave out the samples that {path} names, and "
-                "continue from it with run.resume=PATH."
+                f"{step} ({told}); {good}: lower the learning rate and continue from it with run.resume=PATH, or "
+                f"prepare the data without the samples that {path} names for a run of its own."
             )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

@@ -70,7 +70,8 @@ class TinyWorldScore(Callback):
             self.score(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+        step = trainer.global_step  # 0 while the first step still accumulates batches
+        if step and self.every_n_steps and step % self.every_n_steps == 0:
             self.score(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -134,6 +134,8 @@ class FlowMatchingModule(LightningModule):
             )
 
     def setup(self, stage: str) -> None:
+        if str(self.trainer.precision) == "16-mixed":  # its scaled gradients would be clipped as if they were not
+            raise UserError("trainer.precision=16-mixed overflows in this network: set it to bf16-mixed or 32-true.")
         check_encoded_by(getattr(self.trainer, "datamodule", None), self.codec, self.text_encoder)
         device = self.trainer.strategy.root_device  # our own is set later, together with the backbone's
         self.text_encoder.to(device)

@@ -120,9 +120,8 @@ def refusing_other_groups(optimizer: torch.optim.Optimizer) -> torch.optim.Optim
     """The optimiser, which raises UserError for a state whose groups hold other numbers of parameters."""
 
     def check(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        stored, own = (
-            [len(group["params"]) for group in groups["param_groups"]] for groups in (state, vars(optimizer))
-        )
+        own = [len(group["params"]) for group in optimizer.param_groups]
+        stored = [len(group["params"]) for group in state["param_groups"]]
         if stored != own:
             raise UserError(
                 f"the checkpoint to continue from was trained with other optimizer.groups, of {stored} parameters and "
