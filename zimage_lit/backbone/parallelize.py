@@ -76,7 +76,7 @@ SAVED_OPERATIONS = {
     ATEN._scaled_dot_product_cudnn_attention.default,
     ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
-if attention.varlen_attn is not None:
+if attention.varlen_attn is not None and hasattr(torch.ops.torch_attn, "_varlen_attn"):  # its name is torch's own
     SAVED_OPERATIONS.add(torch.ops.torch_attn._varlen_attn.default)
 
 
