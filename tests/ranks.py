@@ -42,6 +42,7 @@ class Ranks:
 
 def serve(pipe: Any, rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    os.environ["OMP_NUM_THREADS"] = "1"  # else Lightning sets more where there are more cores, which hangs after a fork
     torch.set_num_threads(1)
     while True:
         function, args = pipe.recv()

@@ -127,6 +127,7 @@ def run(folder: Path, stage: str) -> int | None:
 
     def child() -> None:
         os.chdir(folder)
+        os.environ["OMP_NUM_THREADS"] = "1"  # else Lightning sets as many as there are cores, which hangs after a fork
         torch.set_num_threads(1)
         os._exit(cli.main(["run", f"z-image-6b/{stage}", *SMALL, *OWN[stage]]))
 

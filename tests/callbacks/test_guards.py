@@ -212,6 +212,7 @@ def test_settings_that_make_no_sense_are_refused():
 def train_rank(folder: Path, rank: int, port: int) -> None:
     """What a launcher would start on each rank; only rank 1 has bad data."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    os.environ["OMP_NUM_THREADS"] = "1"  # else Lightning sets more where there are more cores, which hangs after a fork
     torch.set_num_threads(1)
     data = batches(bad=[2] if rank == 1 else [], number=24, rank=rank)
     if rank == 1:

@@ -182,6 +182,7 @@ def test_a_peak_must_be_positive():
 def train_rank(folder: Path, rank: int, port: int) -> None:
     """What a launcher would start on each rank, with windows whose sums are known."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    os.environ["OMP_NUM_THREADS"] = "1"  # else Lightning sets more where there are more cores, which hangs after a fork
     torch.set_num_threads(1)
     Throughput.window = lambda *_: Window(  # type: ignore[method-assign]
         seconds=1.0 + rank, pauses=2.0, waited=0.5 * rank, images=10 * (rank + 1), tokens=300, packed_tokens=400,
