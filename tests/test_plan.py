@@ -118,7 +118,7 @@ def test_a_token_budget_is_filled_by_the_longest_samples_and_a_shorter_one() -> 
 
 def test_shards_replicas_and_copies_are_told_apart() -> None:
     def parts(devices: int, strategy: Any) -> dict[str, int]:
-        return memory_parts(read_training(config(trainer={"strategy": strategy}), devices))
+        return memory_parts(read_training(config(trainer={"strategy": strategy}), devices))[1]
 
     def gradients(devices: int, strategy: str) -> int:
         training = read_training(config(trainer={"strategy": strategy}), devices)
@@ -145,7 +145,7 @@ def hybrid_of(replicate: int) -> dict[str, Any]:
 
 def test_optimisers_and_lora_change_what_is_kept() -> None:
     def parts(**model: Any) -> dict[str, int]:
-        return memory_parts(read_training(config(model=model)))
+        return memory_parts(read_training(config(model=model)))[1]
 
     adamw = parts()
     assert parts(optimizer={"name": "adamw8bit"})["optimiser states"] < 0.26 * adamw["optimiser states"]
@@ -207,7 +207,7 @@ def test_the_memory_of_a_real_run_is_within_a_tenth_of_its_plan(name: str, tmp_p
     trainer_settings, model, average = RUNS[name]
     callbacks = {"ema": {"class_path": "zimage_lit.callbacks.ema.EMA"}} if average else {}
     settings = config(trainer={**trainer_settings, "callbacks": callbacks}, model=model)
-    planned = sum(memory_parts(read_training(settings, caption_tokens=64)).values())
+    planned = sum(memory_parts(read_training(settings, caption_tokens=64))[1].values())
 
     trainer = Trainer(
         accelerator="cpu",

@@ -18,6 +18,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from zimage_lit.backbone import S3DiT
+from zimage_lit.backbone.parallelize import fill
 from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.export import Source, check_output, open_source, progress_bar
@@ -211,13 +212,6 @@ def score_all(
         logger.log_table(columns_of(rows), "merge.json")
         logger.finalize("success")
     return rows
-
-
-@torch.no_grad()
-def fill(backbone: S3DiT, weights: Mapping[str, Tensor]) -> None:
-    """Overwrite the parameters one by one."""
-    for name, parameter in backbone.named_parameters():
-        parameter.copy_(weights[name])
 
 
 def check_metrics(metrics: Any, asked: MergeSettings) -> dict[str, float]:

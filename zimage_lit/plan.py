@@ -97,7 +97,7 @@ def plan_task(settings: Mapping[str, Any]) -> int:
 def make_plan(training: Training, asked: PlanSettings) -> Plan:
     """Memory, work and cost of a run on GPUs as they are asked for."""
     parameters = list(training.backbone.parameters())
-    memory = memory_parts(training)
+    moment, memory = memory_parts(training)
     overhead = asked.overhead
     if overhead is None:
         overhead = 0.0 if not training.on_gpu else 1.5 if training.devices == 1 else 2.5
@@ -114,7 +114,7 @@ def make_plan(training: Training, asked: PlanSettings) -> Plan:
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         memory=memory,
-        moment=peak_moment(training),
+        moment=moment,
         total=total,
         fits=total <= asked.gpu_memory * GIB,
         flops=flops,
@@ -129,8 +129,9 @@ def make_plan(training: Training, asked: PlanSettings) -> Plan:
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-def memory_parts(training: Training) -> dict[str, int]:
-    """Part -> bytes on one device: what is there all the time, and what the largest moment of a step adds."""
+def memory_parts(training: Training) -> tuple[str, dict[str, int]]:
+    """The moment of a step at which most memory is in use, and part -> bytes on one device: what is there all the time,
+    and what that moment adds."""
     backbone, shards = training.backbone, training.shards
     averaged = kept_weights(backbone).values() if training.average else []
     gradients = gradient_bytes(training)
@@ -141,7 +142,8 @@ def memory_parts(training: Training) -> dict[str, int]:
         "gradients once more (DDP)": gradients if training.strategy == "ddp" else 0,  # in the buckets that are summed
         "text encoder and codec": training.frozen,
     }
-    return steady | moments_of(training)[peak_moment(training)]
+    moment, parts = max(moments_of(training).items(), key=lambda moment: sum(moment[1].values()))
+    return moment, steady | parts
 
 
 def moments_of(training: Training) -> dict[str, dict[str, int]]:
@@ -166,11 +168,6 @@ def moments_of(training: Training) -> dict[str, dict[str, int]]:
         "the optimiser steps": {"working memory": optimizer_working_bytes(training), "gradients": gradients},
         "pictures are drawn": {"weights that wait": waiting},
     }
-
-
-def peak_moment(training: Training) -> str:
-    """The moment of a step at which most memory is in use."""
-    return max(moments_of(training).items(), key=lambda moment: sum(moment[1].values()))[0]
 
 
 def gradient_bytes(training: Training) -> int:

@@ -174,11 +174,11 @@ def largest_batch(data: Mapping[str, Any], caption_tokens: int | None) -> tuple[
     if not budget:
         count = int(settings.get("batch_size") or 64)
         return [image] * count, [caption] * count
-    count = max(1, budget // (padded(image, PAD_MULTIPLE) + padded(caption, PAD_MULTIPLE)))
+    padded_caption = padded(caption, PAD_MULTIPLE)
+    sample = padded(image, PAD_MULTIPLE) + padded_caption
+    count = max(1, budget // sample)
     images, captions = [image] * count, [caption] * count
-    left = (
-        budget - count * (padded(image, PAD_MULTIPLE) + padded(caption, PAD_MULTIPLE)) - padded(caption, PAD_MULTIPLE)
-    )
+    left = budget - count * sample - padded_caption
     if left >= PAD_MULTIPLE:  # a smaller picture fills the budget
         images, captions = [*images, left // PAD_MULTIPLE * PAD_MULTIPLE], [*captions, caption]
     return images, captions

@@ -29,9 +29,7 @@ def forward_flops(config: S3DiTConfig, image_tokens: Sequence[int], caption_toke
             f"every sample needs image and caption tokens, got {len(image_tokens)} images of {list(image_tokens)[:5]} "
             f"and {len(caption_tokens)} captions of {list(caption_tokens)[:5]}."
         )
-    images = [padded(tokens, config.pad_multiple) for tokens in image_tokens]
-    captions = [padded(tokens, config.pad_multiple) for tokens in caption_tokens]
-    both = [image + caption for image, caption in zip(images, captions, strict=True)]
+    images, captions, both = lengths(config, image_tokens, caption_tokens)
     patch_dim = config.patch_size**2 * config.in_channels
     embedding = 2 * config.dim * (patch_dim * sum(image_tokens) + config.cap_feat_dim * sum(caption_tokens))
     timestep = TIMESTEP_SINUSOIDS * TIMESTEP_HIDDEN + TIMESTEP_HIDDEN * config.modulation_dim
@@ -79,9 +77,7 @@ class TrainingWork:
     def flops(self, image_tokens: Sequence[int], caption_tokens: Sequence[int]) -> tuple[int, int]:
         """(the model's own, those executed) of one training step over these samples."""
         config = self.config
-        images = [padded(tokens, config.pad_multiple) for tokens in image_tokens]
-        captions = [padded(tokens, config.pad_multiple) for tokens in caption_tokens]
-        both = [image + caption for image, caption in zip(images, captions, strict=True)]
+        images, captions, both = lengths(config, image_tokens, caption_tokens)
         tokens = {
             "samples": len(image_tokens),
             "real images": sum(image_tokens),
@@ -110,6 +106,15 @@ def tokens_seen(name: str) -> str:
         "context_refiner": "captions",
     }
     return places.get(name.partition(".")[0], "both")
+
+
+def lengths(
+    config: S3DiTConfig, image_tokens: Sequence[int], caption_tokens: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """Padded lengths of each sample's image, caption and both together."""
+    images = [padded(tokens, config.pad_multiple) for tokens in image_tokens]
+    captions = [padded(tokens, config.pad_multiple) for tokens in caption_tokens]
+    return images, captions, [image + caption for image, caption in zip(images, captions, strict=True)]
 
 
 def padded(tokens: int, multiple: int) -> int:

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zimage_lit.backbone.config import S3DiTConfig
-from zimage_lit.backbone.flops import padded
+from zimage_lit.backbone.flops import lengths
 
 FLOAT32 = 4  # bytes
 
@@ -88,15 +88,6 @@ def working_bytes(
     everything = Keeping(keeping.width, keeping.autocast, keeping.on_gpu, "none", keeping.adapters)
     again = block_bytes(config, both, True, everything) - block_bytes(config, both, True, keeping)
     return again + sum(both) * (3 * config.ffn_dim + 2 * config.dim) * keeping.width
-
-
-def lengths(
-    config: S3DiTConfig, image_tokens: Sequence[int], caption_tokens: Sequence[int]
-) -> tuple[list[int], list[int], list[int]]:
-    """Padded lengths of each sample's image, caption and both together."""
-    images = [padded(tokens, config.pad_multiple) for tokens in image_tokens]
-    captions = [padded(tokens, config.pad_multiple) for tokens in caption_tokens]
-    return images, captions, [image + caption for image, caption in zip(images, captions, strict=True)]
 
 
 def block_bytes(config: S3DiTConfig, samples: Sequence[int], modulated: bool, keeping: Keeping) -> int:

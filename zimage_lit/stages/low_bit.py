@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torchao.optim.subclass_8bit import OptimState8bit
 
 from zimage_lit.rng import generator
+from zimage_lit.stages.optimizers import loss_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -26,15 +27,23 @@ class _Reproducible:
     over a thousand squared gradients never falls: a thousandth of it is less than half of its last digit.
     """
 
-    seed: int
     state: Any
     param_groups: list[dict[str, Any]]
 
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        betas: tuple[float, float],
+        eps: float,
+        seed: int,
+        stochastic_rounding: bool,
+    ) -> None:
+        self.seed = seed
+        options: dict[str, Any] = {"betas": betas, "eps": eps, "bf16_stochastic_round": stochastic_rounding}
+        super().__init__(groups, **options)  # type: ignore[call-arg]  # of torchao's class beside this one
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         devices = {p.device.index for group in self.param_groups for p in group["params"] if p.is_cuda}
         # torch's cache on disk takes an 8-bit state inside a DTensor for a plain one and would run wrong code on it
         uncached = torch._functorch.config.patch(enable_autograd_cache=False)
@@ -74,17 +83,6 @@ class AdamW8bit(_Reproducible, torchao.optim.AdamW8bit):
     moments. Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861.
     """
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        betas: tuple[float, float],
-        eps: float,
-        seed: int,
-        stochastic_rounding: bool,
-    ) -> None:
-        self.seed = seed
-        super().__init__(groups, betas=betas, eps=eps, bf16_stochastic_round=stochastic_rounding)
-
     @staticmethod
     def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> Tensor:
         # float32 to the outside whatever the weights are: as the local part of a DTensor it forgets any other type
@@ -94,14 +92,3 @@ class AdamW8bit(_Reproducible, torchao.optim.AdamW8bit):
 class RoundedAdamW(_Reproducible, torchao.optim._AdamW):
     """AdamW over bfloat16 weights with float32 moments; each new weight goes up or down with the chance that makes its
     mean right, so that steps smaller than a weight's last digit add up instead of vanishing."""
-
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        betas: tuple[float, float],
-        eps: float,
-        seed: int,
-        stochastic_rounding: bool,
-    ) -> None:
-        self.seed = seed
-        super().__init__(groups, betas=betas, eps=eps, bf16_stochastic_round=stochastic_rounding)
