@@ -3,15 +3,14 @@
 import csv
 import json
 import math
-import multiprocessing
 import os
-import socket
 import warnings
 from pathlib import Path
 
 import lightning
 import pytest
 import torch
+from ranks import Ranks
 
 from zimage_lit.callbacks.checkpoint import RunCheckpoint
 from zimage_lit.callbacks.ema import EMA
@@ -209,11 +208,9 @@ def test_settings_that_make_no_sense_are_refused():
 # ---------------------------------------------------------------------------------------------------- two ranks
 
 
-def train_rank(folder: Path, rank: int, port: int) -> None:
+def train_rank(folder: Path) -> None:
     """What a launcher would start on each rank; only rank 1 has bad data."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-    os.environ["OMP_NUM_THREADS"] = "1"  # else Lightning sets more where there are more cores, which hangs after a fork
-    torch.set_num_threads(1)
+    rank = int(os.environ["LOCAL_RANK"])
     data = batches(bad=[2] if rank == 1 else [], number=24, rank=rank)
     if rank == 1:
         data[20]["x"] *= 300
@@ -223,15 +220,11 @@ def train_rank(folder: Path, rank: int, port: int) -> None:
 
 
 def test_on_two_ranks_both_skip_and_the_one_at_fault_is_named(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=train_rank, args=(tmp_path, rank, port)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    ranks = Ranks(2)
+    try:
+        ranks(train_rank, tmp_path)
+    finally:
+        ranks.close()
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for result in results:
         assert result["skipped"] == result["spikes"] == 1

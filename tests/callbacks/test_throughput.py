@@ -1,14 +1,13 @@
 """What the throughput callback counts, against sums written out and hand-made clocks."""
 
 import csv
-import multiprocessing
 import os
-import socket
 from pathlib import Path
 
 import lightning
 import pytest
 import torch
+from ranks import Ranks
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig
 from zimage_lit.backbone.flops import TrainingWork, forward_flops
@@ -179,11 +178,9 @@ def test_a_peak_must_be_positive():
 # ---------------------------------------------------------------------------------------------------- two ranks
 
 
-def train_rank(folder: Path, rank: int, port: int) -> None:
+def train_rank(folder: Path) -> None:
     """What a launcher would start on each rank, with windows whose sums are known."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-    os.environ["OMP_NUM_THREADS"] = "1"  # else Lightning sets more where there are more cores, which hangs after a fork
-    torch.set_num_threads(1)
+    rank = int(os.environ["LOCAL_RANK"])
     Throughput.window = lambda *_: Window(  # type: ignore[method-assign]
         seconds=1.0 + rank, pauses=2.0, waited=0.5 * rank, images=10 * (rank + 1), tokens=300, packed_tokens=400,
         model_flops=1e12, executed_flops=1e12, peak_memory=2**30 * (1 + rank),
@@ -197,12 +194,8 @@ def train_rank(folder: Path, rank: int, port: int) -> None:
 
 
 def test_two_ranks_are_summed_over_the_time_of_the_slower(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=train_rank, args=(tmp_path, rank, port)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    ranks = Ranks(2)
+    try:
+        ranks(train_rank, tmp_path)
+    finally:
+        ranks.close()
