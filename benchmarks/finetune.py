@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig
-from zimage_lit.backbone.flops import forward_flops, padded
+from zimage_lit.backbone.flops import TrainingWork
 from zimage_lit.backbone.parallelize import ParallelizeSettings, parallelize
 from zimage_lit.hardware import peak_flops
 
@@ -167,7 +167,7 @@ def measure(options: argparse.Namespace, case: str, optimizer: str, network: str
         "slowest": max(seconds),
         "processor_seconds": statistics.median(processor),
         "tokens_per_second": tokens / typical,
-        "tflops": training_flops(options, batch, model, is_lora) / typical / 1e12,
+        "tflops": training_flops(options, batch, is_lora) / typical / 1e12,
         "peak_GiB": peak(options) / 2**30,
         "loss": loss,
         "tokens": tokens,
@@ -278,18 +278,13 @@ def lengths(batch: Batch) -> tuple[list[int], list[int]]:
     return [latent[0].numel() // 4 for latent in batch[0]], [len(caption) for caption in batch[2]]
 
 
-def training_flops(options: argparse.Namespace, batch: Batch, model: nn.Module, is_lora: bool) -> float:
-    """Operations of a step: three forwards; under LoRA those that frozen matrices need, and those of the adapters."""
-    config, (images, captions) = sizes(options), lengths(batch)
-    forward = forward_flops(config, images, captions)
-    if not is_lora:
-        return 3 * forward
-    both = [
-        padded(i, config.pad_multiple) + padded(c, config.pad_multiple) for i, c in zip(images, captions, strict=True)
-    ]
-    attention = 4 * config.dim * config.n_layers * sum(length**2 for length in both)
-    adapters = 2 * sum(both) * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return 2 * forward + attention + 3 * adapters
+def training_flops(options: argparse.Namespace, batch: Batch, is_lora: bool) -> float:
+    """Operations of a step, of either network: they have the same matrices."""
+    with torch.device("meta"):
+        twin = S3DiT(sizes(options))
+        if is_lora:
+            add_adapters(twin, options.rank)
+    return TrainingWork(twin).flops(*lengths(batch))[0]
 
 
 # ---------------------------------------------------------------------------------------------------- memory
