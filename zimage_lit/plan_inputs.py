@@ -20,7 +20,7 @@ from data_modules.planning import PAD_MULTIPLE, PLANNING
 from zimage_lit.backbone import S3DiT
 from zimage_lit.backbone.flops import padded
 from zimage_lit.backbone.memory import Adapters, Keeping
-from zimage_lit.backbone.parallelize import ParallelizeSettings
+from zimage_lit.backbone.parallelize import PRECISIONS, ParallelizeSettings
 from zimage_lit.config import compose, settings_from
 from zimage_lit.errors import UserError
 from zimage_lit.lora import LoRASettings, apply_lora, lora_layers, type_of_base
@@ -31,7 +31,6 @@ NOT_GIVEN = "(not given)"  # stands for the values that an experiment leaves to 
 LONGEST_CAPTION = 512  # tokens: where the text encoder cuts
 # Where the folders of the frozen parts are not there: parameters of the published ones, kept in bfloat16.
 PUBLISHED = {"Qwen3TextEncoder": 4_022_000_000, "FluxVAECodec": 84_000_000, "codec_from": 84_000_000}
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 Strategy = Literal["one device", "ddp", "fsdp2"]
 
 

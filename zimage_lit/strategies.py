@@ -17,11 +17,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import empty as empty_dtensor
 
 from zimage_lit import sharded_checkpoints as sharded
-from zimage_lit.backbone.parallelize import own_part, place
+from zimage_lit.backbone.parallelize import PRECISIONS, own_part, place
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.stages.initial_weights import check_weights, read_checkpoint
-
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 class FSDP2Strategy(ModelParallelStrategy):

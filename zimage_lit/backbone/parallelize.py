@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from zimage_lit.backbone.model import S3DiT
 
 Checkpointing = Literal["none", "selective", "full"]
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")  # of a trainer whose memory is sharded or planned
 
 
 @dataclass
