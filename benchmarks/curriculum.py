@@ -149,8 +149,10 @@ def data_overrides(experiment: str, arm: Arm) -> list[str]:
     """What makes an experiment train on the data of another one, with its captions and without its balance."""
     theirs = compose(experiment)["data"]["init_args"]
     own = compose(arm.experiment)["data"]["init_args"]
-    names = ("data_dir", "canvases", "num_samples", "task_weights", "balance", "caption_weights")
-    settings = {name: theirs.get(name) for name in names if theirs.get(name) != own.get(name)}
+    plain = {"downscale": 1}  # where an experiment says nothing; of the others that is null
+    names = ("data_dir", "canvases", "downscale", "num_samples", "task_weights", "balance", "caption_weights")
+    both = {name: [init_args.get(name, plain.get(name)) for init_args in (theirs, own)] for name in names}
+    settings = {name: value for name, (value, own_value) in both.items() if value != own_value}
     return [f"data.init_args.{name}={json.dumps(value)}" for name, value in settings.items()]
 
 

@@ -196,7 +196,8 @@ def longest_sample(data: Mapping[str, Any], caption_tokens: int | None) -> tuple
     elif sizes:
         image = (sizes.side // PATCH_PIXELS) ** 2
     elif class_name(data) == "TinyWorldDataModule":
-        image = max(width * height for width, height in settings.get("canvases") or [(64, 64)]) // PATCH_PIXELS**2
+        largest = max(width * height for width, height in settings.get("canvases") or [(64, 64)])
+        image = largest // (PATCH_PIXELS * int(settings.get("downscale") or 1)) ** 2
     else:
         raise UserError(
             "how large the pictures are is not known: set data.init_args.sizes.resolution, or data.init_args.data_dir "

@@ -24,6 +24,8 @@ class TinyWorldDataModule(TextToImageDataModule):
             16 from 48 up; None: 64x64 alone.
         task_weights: task -> share of the samples drawn, in proportion, none for those not named; None: those that
             make a balanced score (`world.TASK_WEIGHTS`).
+        downscale: how much smaller the finished pictures are made, a side: the same scenes at a low resolution. 2 makes
+            32x32 pixels of 64x64.
         batch_size, num_workers, caption_weights, shuffle, drop_last, verify, token_budget, balance: see
             TextToImageDataModule. A sample's concepts for `balance` are its task, counts, relations, classes, colours.
 
@@ -46,6 +48,7 @@ class TinyWorldDataModule(TextToImageDataModule):
         verify: Verify = "sha256",
         canvases: list[tuple[int, int]] | None = None,
         task_weights: dict[str, float] | None = None,
+        downscale: int = 1,
         token_budget: int | None = None,
         balance: BalanceSettings | None = None,
     ) -> None:
@@ -63,6 +66,7 @@ class TinyWorldDataModule(TextToImageDataModule):
         )
         self.canvases = canvases
         self.task_weights = task_weights
+        self.downscale = downscale
         self.num_samples = num_samples
         self.world_seed = world_seed
         self.num_val_samples = num_val_samples
@@ -77,4 +81,5 @@ class TinyWorldDataModule(TextToImageDataModule):
             num_val_samples=self.num_val_samples,
             canvases=self.canvases,
             task_weights=self.task_weights,
+            downscale=self.downscale,
         )

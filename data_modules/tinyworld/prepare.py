@@ -53,9 +53,10 @@ class World:
     """Which samples are drawn: the world's seed, the canvases in turn by chance, the shares of the tasks.
 
     canvases: (width, height) of the pictures in pixels, all as often; None: 64x64.   task_weights: task -> share, in
-    proportion, none for those not named; None: `TASK_WEIGHTS`.
+    proportion, none for those not named; None: `TASK_WEIGHTS`.   downscale: how much smaller the finished pictures are
+    made, a side.
 
-    Raises UserError for canvases and tasks that do not exist.
+    Raises UserError for canvases and tasks that do not exist, and a downscale that does not divide the canvases.
     """
 
     def __init__(
@@ -63,16 +64,18 @@ class World:
         seed: int = 0,
         canvases: Sequence[Sequence[int]] | None = None,
         task_weights: Mapping[str, float] | None = None,
+        downscale: int = 1,
     ) -> None:
         self.seed = seed
-        self.canvases = checked_canvases("data.init_args.canvases", canvases)
+        self.canvases = checked_canvases("data.init_args.canvases", canvases, downscale)
+        self.downscale = downscale
         self.task_weights = _checked_tasks(task_weights)
 
     def __call__(self, index: int, split: Split) -> TinyWorldSample:
         size = self.canvases[0]
         if len(self.canvases) > 1:
             size = pick(random.Random(f"tinyworld canvas/{self.seed}/{split}/{index}"), self.canvases)
-        return draw(index, self.seed, split, size=size, task_weights=self.task_weights)
+        return draw(index, self.seed, split, size=size, task_weights=self.task_weights, downscale=self.downscale)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,6 +85,7 @@ class World:
             "world_seed": self.seed,
             "canvases": None if canvases == [list(DEFAULT_SIZE)] else canvases,
             "task_weights": None if self.task_weights is TASK_WEIGHTS else dict(self.task_weights),
+            "downscale": None if self.downscale == 1 else self.downscale,
         }
 
     @property
@@ -96,14 +100,14 @@ class World:
         return digest.hexdigest()[:16]
 
 
-def checked_canvases(key: str, canvases: Sequence[Sequence[int]] | None) -> tuple[Size, ...]:
+def checked_canvases(key: str, canvases: Sequence[Sequence[int]] | None, downscale: int = 1) -> tuple[Size, ...]:
     """The sizes that the setting `key` names, one at least; UserError where TinyWorld cannot draw one."""
     sizes = [DEFAULT_SIZE] if canvases is None else [tuple(size) for size in canvases]
     if not sizes or any(len(size) != 2 for size in sizes):
         raise UserError(f"{key} is {canvases}: give a list of [width, height], for example [[64, 64], [96, 64]].")
     for size in sizes:
         try:
-            check_size(size)  # type: ignore[arg-type]
+            check_size(size, downscale)  # type: ignore[arg-type]
         except ValueError as error:
             raise UserError(f"{key}: {error}") from None
     return tuple(sizes)  # type: ignore[arg-type]
@@ -140,9 +144,10 @@ def prepare(
     num_val_samples: int = 512,
     canvases: Sequence[Sequence[int]] | None = None,
     task_weights: Mapping[str, float] | None = None,
+    downscale: int = 1,
 ) -> None:
-    """Prepare TinyWorld in `data_dir`; returns at once where the same was prepared before. For canvases and tasks see
-    `World`.
+    """Prepare TinyWorld in `data_dir`; returns at once where the same was prepared before. For canvases, tasks and
+    downscale see `World`.
 
     The files are the same whatever `num_workers` (default: one for each core). A preparation that was killed is begun
     anew; two at the same time wait for each other.
@@ -156,7 +161,7 @@ def prepare(
         raise UserError(
             f"TinyWorld needs samples: num_samples={num_samples}, num_val_samples={num_val_samples}, both at least 1."
         )
-    world = World(world_seed, canvases, task_weights)
+    world = World(world_seed, canvases, task_weights, downscale)
     settings = {
         "num_samples": num_samples,
         "num_val_samples": num_val_samples,

@@ -13,7 +13,7 @@ side, by the same rules.
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 
@@ -99,19 +99,21 @@ def draw(
     task: str | None = None,
     size: Size = DEFAULT_SIZE,
     task_weights: Mapping[str, float] = TASK_WEIGHTS,
+    downscale: int = 1,
 ) -> TinyWorldSample:
     """Sample number `index` of the endless stream `seed`: a pure function of its arguments.
 
     `task` (one of `combinations.TASKS`) forces the task, otherwise it is drawn by `task_weights`, shares in proportion.
     `split="heldout"` says only held-out combinations; `"train"` neither says nor draws any. `size` is (width, height)
-    in pixels, multiples of 16 from 48 to 1024; a picture too narrow for some words shows shorter ones only. Raises
-    ValueError for an index, split, task or size that does not exist.
+    in pixels, multiples of 16 from 48 to 1024; a picture too narrow for some words shows shorter ones only. `downscale`
+    makes the finished picture smaller by so much, each pixel the mean of `downscale` x `downscale`: the same scene at a
+    lower resolution. Raises ValueError for an index, split, task or size that does not exist.
     """
     if index < 0:
         raise ValueError(f"TinyWorld has samples 0, 1, 2 and so on, no sample {index}.")
     if split not in ("train", "heldout"):
         raise ValueError(f"TinyWorld knows no split {split!r}: choose train or heldout.")
-    check_size(size)
+    check_size(size, downscale)
     rng = random.Random(f"tinyworld/{seed}/{split}/{index}")
     drawn_task = _weighted_task(rng.random(), task_weights)
     statement = pick(rng, fitting_statements(task or drawn_task, split, size[0]))
@@ -119,20 +121,27 @@ def draw(
     canvas, background = _canvas(size, rng)
     if metadata["tag"] == "word":
         _write(canvas, background, metadata["text"], rng)
-        return TinyWorldSample(canvas, captions(metadata, (), rng), metadata, ())
+        return TinyWorldSample(_smaller(canvas, downscale), captions(metadata, (), rng), metadata, ())
     objects = _arrange(metadata, size, rng)
     for item in objects:
         _paint(canvas, background, item, rng)
     things = [(item.name, item.color) for item in objects]
-    return TinyWorldSample(canvas, captions(metadata, things, rng), metadata, objects)
+    if downscale > 1:
+        objects = tuple(replace(item, box=_box_after(item.box, downscale)) for item in objects)
+    return TinyWorldSample(_smaller(canvas, downscale), captions(metadata, things, rng), metadata, objects)
 
 
-def check_size(size: Size) -> None:
-    """ValueError where no picture of this size (width, height) can be drawn."""
+def check_size(size: Size, downscale: int = 1) -> None:
+    """ValueError where no picture of this size (width, height) can be drawn, or made smaller by `downscale`."""
     if any(side % CELL or not MIN_SIZE <= side <= MAX_SIZE for side in size):
         raise ValueError(
             f"TinyWorld draws no picture of {size[0]}x{size[1]}: its sides are multiples of {CELL} pixels, from "
             f"{MIN_SIZE} to {MAX_SIZE}."
+        )
+    if downscale < 1 or any(side % (CELL * downscale) for side in size):
+        raise ValueError(
+            f"TinyWorld makes no picture of {size[0]}x{size[1]} smaller by {downscale}: what remains must be multiples "
+            f"of {CELL} pixels too."
         )
 
 
@@ -260,6 +269,20 @@ def _write(canvas: np.ndarray, background: np.ndarray, text: str, rng: random.Ra
 
 def _jittered(color: Sequence[int], rng: random.Random) -> np.ndarray:
     return np.array([value + 12 * (rng.random() - 0.5) for value in color], dtype=np.float32)
+
+
+def _smaller(canvas: np.ndarray, downscale: int) -> np.ndarray:
+    if downscale == 1:
+        return canvas
+    height, width, _ = canvas.shape
+    blocks = canvas.reshape(height // downscale, downscale, width // downscale, downscale, 3)
+    return np.rint(blocks.mean(axis=(1, 3))).astype(np.uint8)
+
+
+def _box_after(box: tuple[int, int, int, int], downscale: int) -> tuple[int, int, int, int]:
+    """The pixels of a picture made smaller in which there is something of the box."""
+    x1, y1, x2, y2 = box
+    return x1 // downscale, y1 // downscale, -(-x2 // downscale), -(-y2 // downscale)
 
 
 def _blend(patch: np.ndarray, mask: np.ndarray, background: np.ndarray, color: np.ndarray) -> None:

@@ -137,7 +137,7 @@ def test_a_world_prepared_before_there_was_a_choice_is_still_the_default(folder:
     """The hash of the default world, as it was then; the manifest then had no canvases and no shares of tasks."""
     assert World().version == "418d670c8f56d965"
     old = read_manifest(folder).settings
-    assert old["canvases"] is None and old["task_weights"] is None
+    assert old["canvases"] is None and old["task_weights"] is None and old["downscale"] is None
     explicit = data_module(folder, canvases=[[64, 64]], task_weights=dict(TASK_WEIGHTS))
     explicit.prepare_data()  # the same, so nothing is refused
 
@@ -170,6 +170,18 @@ def test_pictures_of_several_sizes_are_mixed_in_a_batch(many_sizes: Path) -> Non
     budgeted = data_module(many_sizes, **{**options, "batch_size": None, "token_budget": 1024})
     budgeted.setup("fit")
     assert sum(len(batch["ids"]) for batch in budgeted.train_dataloader()) == 200
+
+
+def test_a_world_of_low_resolution_is_streamed_small_and_keeps_codec_and_encoder(folder: Path, tmp_path: Path) -> None:
+    module = data_module(tmp_path / "low", downscale=2)
+    module.prepare_data()
+    module.setup("fit")
+    batch = next(iter(module.train_dataloader()))
+    assert {image.shape for image in batch["images"]} == {(3, 32, 32)}
+    expected = World(SEED, downscale=2)(int(batch["ids"][0]), "train")
+    assert np.array_equal(batch["images"][0].permute(1, 2, 0).numpy(), expected.image)
+    for part in ("codec/model.safetensors", "text_encoder/model.safetensors"):
+        assert (folder / part).read_bytes() == (tmp_path / "low" / part).read_bytes()
 
 
 def test_planning_and_tags_say_what_was_drawn(many_sizes: Path) -> None:
@@ -208,6 +220,8 @@ def test_codec_and_text_encoder_are_those_of_the_default_world(folder: Path, man
     [
         ({"canvases": [[64, 40]]}, r"data.init_args.canvases: TinyWorld draws no picture of 64x40"),
         ({"canvases": [[32, 64]]}, r"draws no picture of 32x64: its sides are multiples of 16 pixels, from 48 to 1024"),
+        ({"downscale": 3}, r"makes no picture of 64x64 smaller by 3: what remains must be multiples of 16 pixels too"),
+        ({"downscale": 0}, r"makes no picture of 64x64 smaller by 0"),
         ({"canvases": []}, r"canvases is \[\]: give a list of \[width, height\]"),
         ({"canvases": [[64]]}, r"canvases is \[\[64\]\]: give a list"),
         ({"task_weights": {"words": 1.0}}, r"task_weights.words is no task of TinyWorld: there are single_object"),
@@ -235,6 +249,7 @@ def test_a_finished_folder_is_left_as_it_is(folder: Path, monkeypatch: pytest.Mo
         ("num_val_samples", 3, 12),
         ("canvases", [[96, 64]], None),
         ("task_weights", {"word": 1.0}, None),
+        ("downscale", 2, None),
     ],
 )
 def test_other_settings_are_refused_by_name(folder: Path, key: str, value: int, stored: int) -> None:

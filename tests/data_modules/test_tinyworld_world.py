@@ -374,3 +374,17 @@ def test_tasks_come_in_other_shares_where_asked():
 def test_sizes_that_cannot_be_drawn_are_refused_in_a_sentence(size):
     with pytest.raises(ValueError, match=f"draws no picture of {size[0]}x{size[1]}: its sides are multiples of 16"):
         draw(0, size=size)
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_a_smaller_picture_is_the_same_scene_averaged(index):
+    whole, small = draw(index, seed=5), draw(index, seed=5, downscale=2)
+    assert small.captions == whole.captions and small.metadata == whole.metadata
+    assert small.image.shape == (32, 32, 3) and small.image.dtype == np.uint8
+    for y in range(0, 32, 5):
+        for x in range(32):
+            block = whole.image[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].astype(float)
+            assert np.abs(small.image[y, x] - block.mean(axis=(0, 1))).max() <= 0.5
+    for item, drawn in zip(small.objects, whole.objects, strict=True):
+        x1, y1, x2, y2 = item.box
+        assert (2 * x1, 2 * y1) <= drawn.box[:2] and (2 * x2, 2 * y2) >= drawn.box[2:] and x2 - x1 == 8 == y2 - y1
