@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
@@ -199,7 +199,9 @@ class FidelityMetric(Metric):
     full_state_update = False
     higher_is_better = False
 
-    def __init__(self, extractor: nn.Module, settings: ComparisonSettings | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, extractor: Callable[[Tensor], Tensor], settings: ComparisonSettings | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.extractor = extractor
         self.settings = settings or ComparisonSettings()

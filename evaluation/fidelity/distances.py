@@ -102,9 +102,7 @@ def projected_wasserstein(generated: Array, real: Array) -> float:
     for sets of different sizes.
     """
     if generated.shape != real.shape:
-        raise ValueError(
-            f"sets of one size have a sliced Wasserstein distance, not {generated.shape} and {real.shape}."
-        )
+        raise ValueError(f"sets of one size have a sliced distance, not {generated.shape} and {real.shape}.")
     return float(np.sqrt(np.square(np.sort(generated, axis=0) - np.sort(real, axis=0)).mean()))
 
 

@@ -154,7 +154,7 @@ def test_sliced_wasserstein_of_gaussians_is_the_closed_form(rng: np.random.Gener
     assert sliced_wasserstein(3 * base, base, count=50) == pytest.approx(2 * (3999 / 4000) ** 0.5, rel=1e-5)
     along = directions(8, 5, seed=1)
     assert np.allclose(np.linalg.norm(along, axis=0), 1, atol=1e-6) and not np.allclose(along, directions(8, 5, seed=2))
-    with pytest.raises(ValueError, match="sets of one size"):
+    with pytest.raises(ValueError, match="sets of one size have a sliced distance"):
         projected_wasserstein(base[:3], base[:4])
 
 
