@@ -122,6 +122,12 @@ def compare(generated: PictureSet, real: PictureSet, settings: ComparisonSetting
     return found
 
 
+def share(right: NDArray[np.bool_], prompts: Prompts, settings: ComparisonSettings) -> Estimate:
+    """The share of pictures (N,) that are right, with its interval by prompt."""
+    weights = prompt_weights(int(prompts.max()) + 1, settings.resamples, settings.seed)
+    return Estimate.of(right.mean(), np.array([np.average(right, weights=each[prompts]) for each in weights]))
+
+
 def prompt_weights(prompts: int, resamples: int, seed: int) -> Prompts:
     """How often each prompt is drawn when as many are drawn with replacement: (resamples, prompts)."""
     drawn = torch.randint(prompts, (resamples, prompts), generator=generator(seed, "fidelity/resamples"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_modules.tinyworld import verifier
 from data_modules.tinyworld.combinations import is_heldout
 from data_modules.tinyworld.world import draw, draw_statement
 from evaluation.fidelity.comparison import METRICS, ComparisonSettings, Estimate
@@ -116,7 +117,9 @@ def test_a_perfect_network_scores_as_real_pictures_do(tmp_path: Path, monkeypatc
     score = score_with(num_prompts=40)
     network(score, monkeypatch)
     logged = scored(score, tmp_path)
-    assert set(logged) == {f"fidelity/{name}{end}" for name in METRICS for end in ("", "_floor")}
+    assert set(logged) == {f"fidelity/{name}{end}" for name in METRICS for end in ("", "_floor")} | {
+        "fidelity/accuracy"
+    }
     for name, floor in score.floor.items():
         half = max(floor.high - floor.low, 0.05)
         assert abs(logged[f"fidelity/{name}"] - logged[f"fidelity/{name}_floor"]) < half, name
@@ -149,7 +152,7 @@ def test_each_step_count_is_drawn_and_scored(tmp_path: Path, monkeypatch: pytest
     assert len(set(calls[0][2])) == len(calls[0][1]) == 36
     assert {"fidelity/kid", "fidelity/kid_1_steps", "fidelity/kid_4_steps"} <= set(logged)
     written = json.loads((tmp_path / "fidelity/step-00000007.json").read_text())
-    assert list(written["scores"]) == ["1", "4", "8"] and written["scores"]["8"].keys() == METRICS.keys()
+    assert list(written["scores"]) == ["1", "4", "8"] and set(written["scores"]["8"]) == {*METRICS, "accuracy"}
     kid = Estimate.from_dict(written["scores"]["8"]["kid"])
     assert kid.value == logged["fidelity/kid"] and kid.low < kid.value < kid.high and len(kid.replicates) == 20
     assert written["num_prompts"] == 12 and written["pictures_per_prompt"] == 3 and written["step"] == 7
@@ -166,6 +169,24 @@ def test_real_pictures_go_through_the_codec_unless_as_rendered(tmp_path: Path) -
     assert torch.allclose(levels, levels.round(), atol=1e-3)  # as pictures of whole levels are
     assert torch.equal(score_with(real="rendered").real_images(0, stage(HalvingCodec())), rendered)
     assert not torch.equal(score.real_images(3, stage()), score.real_images(0, stage()))
+
+
+def test_accuracy_is_the_share_of_pictures_that_show_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged by the verifier in the classifier's place, a few pictures at a time."""
+
+    def verified(images: torch.Tensor, asked: list[Any]) -> list[Any]:
+        arrays = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        return [verifier.judge(array, metadata) for array, metadata in zip(arrays, asked, strict=True)]
+
+    monkeypatch.setattr(distribution_score, "judge", verified)
+    monkeypatch.setattr(distribution_score, "BATCH", 5)
+    score = score_with(num_prompts=40)
+    score.classifier = lambda images: images  # type: ignore[assignment]
+    images = score.real_images(0, stage())
+    assert score.right(images).shape == (120,) and score.right(images).mean() > 0.98
+    images[:30] = -1
+    assert not score.right(images)[:30].any() and score.right(images)[30:].mean() > 0.98
+    assert {"word"} < {statement["tag"] for statement in score.statements}
 
 
 def test_prompts_are_of_the_split_and_the_same_every_time() -> None:

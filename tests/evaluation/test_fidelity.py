@@ -21,6 +21,7 @@ from evaluation.fidelity.comparison import (
     compare,
     prompt_weights,
     ratio,
+    share,
 )
 from evaluation.fidelity.distances import (
     covered,
@@ -246,6 +247,15 @@ def test_prompts_are_resampled_and_not_pictures() -> None:
     assert np.array_equal(weights, prompt_weights(6, 400, seed=3)) and abs(weights.mean(axis=0) - 1).max() < 0.15
     pictures = PictureSet(np.arange(6.0)[:, None], np.zeros((6, 1)), np.array([0, 0, 1, 1, 2, 2]))
     assert comparison._rows(pictures, np.array([2, 0, 1])).tolist() == [0, 0, 1, 1, 4, 5]
+
+
+def test_a_share_has_the_interval_of_its_prompts() -> None:
+    """All pictures of a prompt alike: as wide as for one picture a prompt, by the binomial's closed form."""
+    settings = ComparisonSettings(resamples=2000)
+    right = np.repeat(np.arange(100) < 30, 4)
+    found = share(right, np.repeat(np.arange(100), 4), settings)
+    assert found.value == pytest.approx(0.3)
+    assert np.std(found.replicates) == pytest.approx((0.3 * 0.7 / 100) ** 0.5, rel=0.1)
 
 
 def test_sets_of_other_prompts_are_not_compared(rng: np.random.Generator) -> None:

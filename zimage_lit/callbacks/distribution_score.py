@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,8 +19,9 @@ from data_modules.remote import is_remote
 from data_modules.tinyworld.combinations import Metadata, Split
 from data_modules.tinyworld.prepare import checked_canvases
 from data_modules.tinyworld.world import draw, draw_statement
-from evaluation.fidelity.comparison import ComparisonSettings, Estimate, FidelityMetric, PictureSet, compare
-from evaluation.fidelity.tinyworld_classifier import TinyWorldClassifier, as_input, obtain
+from evaluation.benchmarks import geneval
+from evaluation.fidelity.comparison import ComparisonSettings, Estimate, FidelityMetric, PictureSet, compare, share
+from evaluation.fidelity.tinyworld_classifier import TinyWorldClassifier, as_input, judge, obtain
 from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures, joins_in_drawing
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import write_atomically
@@ -41,8 +43,9 @@ class DistributionScore(Callback):
     comparison: of the sets; None for its defaults.   seed: of prompts, real pictures and noise.
 
     Logs `fidelity/kid`, `fidelity/fd`, `fidelity/sliced_wasserstein`, `fidelity/precision`, `fidelity/recall` and
-    `fidelity/diversity` (see `evaluation.fidelity.comparison.compare`), for other step counts with `_<count>_steps`
-    behind, and as `fidelity/<metric>_floor` what two sets of real pictures have. Writes all with 95 % intervals to
+    `fidelity/diversity` (see `evaluation.fidelity.comparison.compare`), and `fidelity/accuracy`, the share of pictures
+    in which the classifier finds what was asked for; for other step counts with `_<count>_steps` behind; and as
+    `fidelity/<metric>_floor` what two sets of real pictures have. Writes all with 95 % intervals to
     `fidelity/step-….json`.
     """
 
@@ -147,7 +150,18 @@ class DistributionScore(Callback):
                 self.real_pictures,
                 self.comparison,
             )
-        return compare(self.collected(images), self.real_pictures, self.comparison)
+        found = compare(self.collected(images), self.real_pictures, self.comparison)
+        return found | {"accuracy": share(self.right(images), np.array(self.numbers()), self.comparison)}
+
+    def right(self, images: Tensor) -> np.ndarray:
+        """Whether the classifier finds in each picture what its prompt asks for, by GenEval's rules: (N,) bool."""
+        assert self.classifier is not None  # setup makes it
+        records: list[dict[str, Any]] = []
+        asked = [self.statements[number] for number in self.numbers()]
+        for start in range(0, len(images), BATCH):
+            places = slice(start, start + BATCH)
+            records += judge(self.classifier(images[places]), asked[places])
+        return np.array([record_is_right(record) for record in records])
 
     def collected(self, images: Tensor) -> PictureSet:
         assert self.classifier is not None  # setup makes it
@@ -202,6 +216,12 @@ class DistributionScore(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = list(state_dict["history"])
+
+
+def record_is_right(record: dict[str, Any]) -> bool:
+    if "correct" in record:
+        return bool(record["correct"])
+    return geneval.evaluate(record["metadata"], record["detections"])["correct"]
 
 
 def values_of(estimates: dict[str, Estimate]) -> dict[str, float]:
