@@ -220,8 +220,8 @@ def test_failures_long_ago_are_forgotten() -> None:
 def test_a_slow_reward_is_given_up_after_its_time_limit() -> None:
     started = time.monotonic()
     with pytest.raises(UserError, match=r"slow failed \(no answer within its time_limit of 0.1 s\)"):
-        RewardSet([Slow(time_limit=0.1)]).score(pictures(1), named("a"), [{"seconds": 5}])
-    assert time.monotonic() - started < 3
+        RewardSet([Slow(time_limit=0.1)]).score(pictures(1), named("a"), [{"seconds": 1}])
+    assert time.monotonic() - started < 0.9
 
 
 def test_a_slow_call_that_was_given_up_is_waited_for_and_its_answer_is_nobody_elses() -> None:
@@ -246,11 +246,12 @@ def test_calls_of_one_reward_never_overlap() -> None:
                 self.running -= 1
 
     reward = Counting(time_limit=0.1, required=False, batch_size=1)
-    with pytest.warns(UserWarning, match="earlier call has still not ended"):
+    with pytest.warns(UserWarning) as said:
         RewardSet([reward]).score(pictures(1, 2), named("a", "b"), [{"seconds": 0.4}, {}])
     while any(thread.name == "reward" for thread in threading.enumerate()):
         time.sleep(0.02)
     assert reward.most == 1
+    assert ["earlier call has still not ended" in str(warning.message) for warning in said] == [False, True]
 
 
 def test_a_timed_call_computes_as_any_other() -> None:

@@ -16,6 +16,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -43,7 +44,7 @@ class RewardCallback(Callback):
         of it is better.
     held_out: whether it is only logged and recorded, and never weighs.
     required: whether a call that raises or takes too long stops the run; else its pictures count as not judged.
-    name: in logs (`reward/<name>`) and records; none: that of the class, in small letters.
+    name: in logs (`reward/<name>`) and records; none: that of the class, in small letters, without Reward.
     batch_size: pictures (or pairs) in one call; a group that has to be seen whole is never cut.
     time_limit: seconds that one call may take; none: any.
     invalid_limit: share of pictures without a judgement above which the run stops.
@@ -79,7 +80,7 @@ class RewardCallback(Callback):
         for key, value in zip(SETTINGS, given, strict=True):
             if value is not None:
                 setattr(self, key, value)
-        self.name = self.name or snake_case(type(self).__name__)
+        self.name = self.name or snake_case(type(self).__name__).removesuffix("_reward")
         check_settings(self)
 
     def score(self, images: Sequence[Tensor], prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
@@ -101,6 +102,11 @@ class RewardCallback(Callback):
     def version(self) -> str:
         """What a record calls this reward: another code or other settings of the class have another version."""
         return f"{type(self).__module__}.{type(self).__qualname__}-{digest_of(self)}"
+
+    @property
+    def state_key(self) -> str:
+        """Under which a checkpoint holds what a reward remembers, if it does."""
+        return f"{type(self).__qualname__}[{self.name}]"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.prepare(trainer.strategy.root_device)
@@ -208,7 +214,11 @@ def digest_of(reward: RewardCallback) -> str:
     """Eight hexadecimal digits that depend on the source of a reward's class and on the arguments it was made with."""
     kind: Any = type(reward)
     known = {name for name in constructor_arguments(kind) if name not in SETTINGS}
-    own = {name: value for name, value in vars(reward).items() if name in known and isinstance(value, PLAIN)}
+    own = {
+        name: value
+        for name, value in vars(reward).items()
+        if name in known and (isinstance(value, PLAIN) or is_dataclass(value))
+    }
     text = json.dumps([source_of(kind), own], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -170,7 +170,7 @@ def checked(name: str, result: Any, number: int) -> Tensor:
 
 def told(error: BaseException) -> str:
     """What went wrong, and in whose line."""
-    if isinstance(error, UserError | TimeoutError):
+    if isinstance(error, UserError | TimeoutError | ConnectionError):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
     place = f", {frames[-1].filename} line {frames[-1].lineno}" if frames else ""

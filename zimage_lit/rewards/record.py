@@ -1,15 +1,14 @@
 """What scored what: one line for each picture that was judged, in the run's folder."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zimage_lit.files import write_atomically
+from zimage_lit.rewards.pictures import picture_hash
 
 
 class RewardRecord:
@@ -57,11 +56,3 @@ class RewardRecord:
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             write_atomically(self.path, "".join(kept))
-
-
-def picture_hash(image: Tensor) -> str:
-    """SHA-256, as hex, of a uint8 (3, H, W) picture's "<width>x<height>\\n" and its RGB bytes, row by row."""
-    pixels = image.detach().permute(1, 2, 0).to("cpu", torch.uint8).contiguous()
-    digest = hashlib.sha256(f"{pixels.shape[1]}x{pixels.shape[0]}\n".encode())
-    digest.update(pixels.numpy().tobytes())
-    return digest.hexdigest()

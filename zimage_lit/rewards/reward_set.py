@@ -12,6 +12,7 @@ from zimage_lit.errors import UserError
 from zimage_lit.objectives.policy import group_advantages
 from zimage_lit.rewards.contract import Metadata, RewardCallback, check_names, find_rewards
 from zimage_lit.rewards.judging import Judge, checked, take, told
+from zimage_lit.rewards.pictures import quantised
 from zimage_lit.rewards.record import RewardRecord
 
 Scores = dict[str, Tensor]  # reward's name -> (B,) float32, NaN where it has no judgement
@@ -147,8 +148,7 @@ class RewardSet:
                 self.judges[reward.name].count(int(judged.isnan().sum()), len(judged))
             scores[reward.name], applies[reward.name] = values, places
         if self.record is not None:
-            pictures = [((image.detach().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) for image in images]
-            self.write(step, pictures, prompts, None, scores, applies)
+            self.write(step, [quantised(image) for image in images], prompts, None, scores, applies)
         return scores
 
     def weighted_sum(self, scores: Mapping[str, Tensor]) -> Tensor:
