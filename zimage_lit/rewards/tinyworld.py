@@ -45,11 +45,7 @@ class TinyWorldReward(RewardCallback):
         self.graded = graded
 
     def applies_to(self, prompt: str, metadata: Metadata) -> bool:
-        if "include" not in metadata and metadata.get("tag") != "word":
-            raise UserError(
-                f"the reward {self.name} needs TinyWorld's metadata, and the prompt “{prompt}” has none: use it with "
-                "data_modules.TinyWorldDataModule alone."
-            )
+        check_statement(self.name, prompt, metadata)
         if metadata["tag"] == "word":
             return self.aspect in ("all", "elements", "word")
         return self.aspect in ("all", "elements") or bool(aspect_values(self.aspect, metadata["include"], {}))
@@ -73,6 +69,15 @@ class TinyWorldReward(RewardCallback):
             return sum(values) / len(values)
         perfect = 0.0 if self.aspect == "count" else 1.0
         return float(all(value == perfect for value in values))
+
+
+def check_statement(name: str, prompt: str, metadata: Metadata) -> None:
+    """UserError for a prompt without TinyWorld's metadata."""
+    if "include" not in metadata and metadata.get("tag") != "word":
+        raise UserError(
+            f"the reward {name} needs TinyWorld's metadata, and the prompt “{prompt}” has none: use it with "
+            "data_modules.TinyWorldDataModule alone."
+        )
 
 
 def element_verdicts(metadata: Metadata, objects: Objects) -> list[bool]:
