@@ -1,0 +1,511 @@
+"""Distillation into a few steps: Decoupled DMD, and DMDR, which joins it with rewards.
+
+One iteration draws a batch with the student, on the grid on which it will serve (back-simulation). The fake score learns
+that batch in every iteration, the student learns from it in every `ratio`-th one.
+Sources: DMD2 (arXiv 2405.14867), Decoupled DMD (arXiv 2511.22677), DMDR (arXiv 2511.13649).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from zimage_lit.backbone import S3DiT
+from zimage_lit.backbone.parallelize import ParallelizeSettings, local
+from zimage_lit.components import LatentCodec, TextEncoder
+from zimage_lit.errors import UserError, at_least_one
+from zimage_lit.lora import LoRASettings, base_fingerprint, check_adapter_types
+from zimage_lit.objectives import distillation, flow_matching
+from zimage_lit.objectives.timesteps import RenoiseLaw, dynamic_teacher_scale
+from zimage_lit.rng import generator
+from zimage_lit.sampling import check_schedule, sigmas
+from zimage_lit.sampling.guidance import check_guidance, guided, guided_velocity
+from zimage_lit.sampling.solvers import SOLVERS
+from zimage_lit.stages.frozen_parts import check_encoded_by, encode_images
+from zimage_lit.stages.initial_weights import backbone_config, check_weights
+from zimage_lit.stages.optimizers import LearningRate, OptimizerSettings, build_optimizer, kind_of_states
+from zimage_lit.stages.roles import FAKE, Layout, Roles, check_layout, continue_from, make_networks
+
+ROLES = ("student", FAKE)  # those that are trained, in the order of their optimisers
+
+
+@dataclass
+class RolloutSettings:
+    """How the student will be served, and is therefore asked in training."""
+
+    num_inference_steps: int = 8  # network evaluations of a picture
+    shift: float = 3.0  # more of the steps at high noise; static
+    sampler: Literal["euler", "renoise"] = "euler"  # renoise: the clean sample of a step, noised anew for the next one
+
+    def __post_init__(self) -> None:
+        check_schedule(self.num_inference_steps, self.shift)
+        if self.sampler not in ("euler", "renoise"):
+            raise UserError(f"model.init_args.rollout.sampler must be euler or renoise, not {self.sampler}.")
+
+
+@dataclass
+class ObjectiveSettings:
+    """What pulls the student towards the guided teacher.
+
+    coupled: one term, as in DMD2. decoupled: distribution matching and guidance as two, each with times and noise of its
+    own; its guidance acts more strongly at the same scale, so the scale has to be found anew.
+    """
+
+    name: Literal["decoupled", "coupled"] = "decoupled"
+    guidance_scale: float = 4.0  # the teacher's; 1 = none
+    clamp: float = 0.1  # least distance by which a term is divided
+    matching: RenoiseLaw = field(default_factory=RenoiseLaw)  # noise at which student and teacher are compared
+    guidance: RenoiseLaw | None = None  # decoupled: noise at which guidance acts; null: cleaner than the student's step
+    fake: RenoiseLaw = field(default_factory=RenoiseLaw)  # noise at which the fake score learns
+    mean_variance: float = 0.0  # weight of matching mean and variance of the data's latents; 0 = none
+    ida: float | None = None  # share of its weights that the fake score keeps, the rest is the student's; null: all
+
+    def __post_init__(self) -> None:
+        key = "model.init_args.objective"
+        check_guidance(self.guidance_scale)
+        if self.name not in ("decoupled", "coupled"):
+            raise UserError(f"{key}.name must be decoupled or coupled, not {self.name}.")
+        if self.name == "coupled" and self.guidance is not None:
+            raise UserError(f"{key}.guidance is of name=decoupled alone: set it to null, or change the name.")
+        if not self.clamp > 0:
+            raise UserError(f"{key}.clamp must be more than 0, not {self.clamp}.")
+        if not 0 <= self.mean_variance < math.inf:
+            raise UserError(f"{key}.mean_variance must be 0 or more, not {self.mean_variance}.")
+        if self.ida is not None and not 0 <= self.ida <= 1:
+            raise UserError(f"{key}.ida must lie in [0, 1] or be null, not {self.ida}.")
+
+
+@dataclass
+class DynamicGuidanceSettings:
+    """DynaDG: at first the teacher takes over a share of what the fake score has learnt, so that it is near the student."""
+
+    start: float = 0.375  # that share at first; the authors' LoRA scale of 0.75, where the fake score's is 2
+    steps: int = 10000  # of the student, until none is left
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= 1:
+            raise UserError(f"model.init_args.dynamic_guidance.start must lie in [0, 1], not {self.start}.")
+        at_least_one("model.init_args.dynamic_guidance.steps", self.steps)
+
+
+@dataclass
+class Generated:
+    """A batch that the student has drawn, and what it was drawn from."""
+
+    features: list[Tensor]  # (L_i, D) of the captions
+    clean: list[Tensor]  # (C, H_i, W_i) float32: what it sees at the last step it has made; with a graph in its turn
+    step_index: int  # that step
+
+
+@dataclass
+class Terms:
+    """Where the student's samples shall go, and what tells how far it has come; directions have the form of latents."""
+
+    directions: list[list[Tensor]]  # to be descended along, one after the other
+    gap: Tensor  # (B,)
+    cosine: Tensor | None  # (B,) between distribution matching and guidance; None without guidance
+
+
+class DMDRModule(LightningModule):
+    """Distils the backbone of `init_from`, which needs guidance and many steps, into a student that needs neither.
+
+    backbone: as in FlowMatchingModule. init_from: where student, fake score and teacher begin: never a distilled model.
+    student_init_from: a student that has been distilled already; from a checkpoint of the same layout its fake score
+        comes along.
+    layout: see `roles.py`. lora, fake_lora: adapters of student and fake score, in the layouts that have them.
+    frozen_dtype: of the weights that nobody trains; None for the trainer's.
+    ratio: iterations (steps of the trainer, and of the fake score) for each step of the student.
+    gradient_clip_val: largest norm of each role's gradient; None for no limit. Lightning's own does not know of roles.
+    dynamic_guidance: None for a teacher that stays what it is.
+    canvases: [width, height] in pixels, which samples of batches without pictures take in turn.
+
+    The frozen weights are not in the checkpoints, so `init_from` must stay where it is as long as the run is continued.
+    `student_step` and `fake_step` count the steps that were taken; `trainer.global_step` counts iterations.
+    """
+
+    hands_over_gradient_norm = True  # to callbacks that have `on_gradient_norm`
+
+    def __init__(
+        self,
+        text_encoder: TextEncoder,
+        codec: LatentCodec,
+        backbone: str | dict[str, Any] = "tiny",
+        init_from: str | None = None,
+        student_init_from: str | None = None,
+        layout: Layout = "copies",
+        lora: LoRASettings | None = None,
+        fake_lora: LoRASettings | None = None,
+        frozen_dtype: Literal["float32", "bfloat16"] | None = None,
+        rollout: RolloutSettings | None = None,
+        objective: ObjectiveSettings | None = None,
+        dynamic_guidance: DynamicGuidanceSettings | None = None,
+        student_optimizer: OptimizerSettings | None = None,
+        fake_optimizer: OptimizerSettings | None = None,
+        ratio: int = 5,
+        gradient_clip_val: float | None = 1.0,
+        canvases: list[tuple[int, int]] | None = None,
+        seed: int = 0,
+        parallelize: ParallelizeSettings | None = None,
+    ) -> None:
+        super().__init__()
+        check_layout(layout, lora, fake_lora, dynamic_guidance is not None)
+        self.automatic_optimization = False
+        self.text_encoder, self.codec = text_encoder, codec
+        self.config = backbone_config(backbone)
+        self.init_from, self.student_init_from = init_from, student_init_from
+        self.layout, self.lora, self.fake_lora = layout, lora, fake_lora
+        self.frozen_dtype = frozen_dtype
+        self.rollout = rollout or RolloutSettings()
+        self.objective = objective or ObjectiveSettings()
+        self.dynamic_guidance = dynamic_guidance
+        self.optimizer_settings = {
+            "student": student_optimizer or OptimizerSettings(),
+            FAKE: fake_optimizer or OptimizerSettings(),
+        }
+        self.ratio = at_least_one("model.init_args.ratio", ratio)
+        if gradient_clip_val is not None and not gradient_clip_val > 0:
+            raise UserError(
+                f"model.init_args.gradient_clip_val must be more than 0 (or null for no limit), not {gradient_clip_val}."
+            )
+        self.gradient_clip_val = gradient_clip_val
+        if self.objective.ida is not None and layout != "copies":
+            raise UserError("model.init_args.objective.ida blends whole networks: set layout=copies, or ida to null.")
+        self.canvases = canvases
+        self.seed = seed
+        self.parallelize = parallelize or ParallelizeSettings()
+        self.steps = dict.fromkeys(ROLES, 0)
+        self.student_figures: dict[str, Tensor] = {}  # of its last turn
+        self.strict_loading = False  # on_load_checkpoint has compared the names
+        self.backbone: S3DiT = None  # type: ignore[assignment]  # configure_model makes it, on the trainer's terms
+        self.roles: Roles = None  # type: ignore[assignment]
+
+    @property
+    def student_step(self) -> int:
+        return self.steps["student"]
+
+    @property
+    def fake_step(self) -> int:
+        return self.steps[FAKE]
+
+    # --------------------------------------------------------------------------------------------------- networks
+
+    def configure_model(self) -> None:
+        if self.backbone is not None:
+            return
+        trains = self._trainer is not None
+        if trains:
+            self.check_can_train()
+        networks = make_networks(self)
+        for name, network in networks.items():
+            setattr(self, name, network)
+        if trains:
+            fake = networks.get(FAKE, self.backbone)
+            self.roles = Roles(self.layout, self.backbone, fake, networks.get("teacher", fake))
+            if self.student_init_from:
+                continue_from(self.roles, self.student_init_from)
+            self.frozen = base_fingerprint(self.roles.frozen())
+
+    def check_can_train(self) -> None:
+        """UserError for settings with which nothing can be distilled."""
+        if self.init_from is None:
+            raise UserError("model.init_args.init_from is not given: name the model with guidance that is distilled.")
+        for name, settings in self.optimizer_settings.items():
+            if settings.name == "muon" and self.device_mesh is not None:
+                key = "student_optimizer" if name == "student" else "fake_optimizer"
+                raise UserError(
+                    f"{key}.name=muon orthogonalises whole matrices, and trainer.strategy=fsdp2 keeps parts of them on "
+                    f"each device: set {key}.name=adamw."
+                )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What checkpoints hold: `backbone.…`, what the student has learnt, and `fake_score.…`; nothing that is frozen."""
+        if self.roles is None:
+            return super().state_dict(*args, **kwargs)
+        student = {f"backbone.{name}": weight for name, weight in self.roles.kept("student").items()}
+        return student | {f"{FAKE}.{name}": weight for name, weight in self.roles.kept(FAKE).items()}
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.roles is None:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        with torch.no_grad():
+            for name, target in self.state_dict().items():
+                target.copy_(state_dict[name])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint |= {"layout": self.layout, "frozen": self.frozen, "role_steps": dict(self.steps)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("layout") != self.layout:
+            raise UserError(
+                f"the checkpoint to continue from was trained with model.init_args.layout={checkpoint.get('layout')}: "
+                f"set that back in place of {self.layout}, or name another checkpoint."
+            )
+        self.check_base(checkpoint)
+        check_weights(checkpoint["state_dict"], self.state_dict())
+        for role, state in zip(ROLES, checkpoint.get("optimizer_states", ()), strict=False):
+            found, kind = kind_of_states(state), self.optimizer_settings[role].kind
+            if found != kind:
+                raise UserError(
+                    f"the checkpoint to continue from trained the {role.replace('_', ' ')} with name={found}, not "
+                    f"{kind}: set that back, or begin a new run with model.init_args.student_init_from."
+                )
+        self.steps = dict(checkpoint["role_steps"])
+
+    def check_base(self, checkpoint: dict[str, Any]) -> None:
+        """UserError where a checkpoint was trained beside other frozen weights than those here."""
+        if self.roles is not None and checkpoint.get("frozen") != self.frozen:
+            raise UserError(
+                f"the checkpoint was trained with another teacher than init_from={self.init_from}: put the right one "
+                "back there, or name it."
+            )
+
+    def setup(self, stage: str) -> None:
+        if str(self.trainer.precision) == "16-mixed":  # its scaled gradients would be clipped as if they were not
+            raise UserError("trainer.precision=16-mixed overflows in this network: set it to bf16-mixed or 32-true.")
+        check_encoded_by(getattr(self.trainer, "datamodule", None), self.codec, self.text_encoder)
+        device = self.trainer.strategy.root_device  # our own is set later, together with the backbone's
+        self.text_encoder.to(device)
+        self.codec.to(device)
+
+    # --------------------------------------------------------------------------------------------------- iterations
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        if (step + 1) % self.ratio == 0:
+            generated = self.student_turn(batch, step)
+        else:
+            with torch.no_grad():
+                generated = self.generate(batch, step)
+        loss = self.fake_turn(generated, step)
+        counts = {"train/student_step": float(self.student_step), "train/fake_step": float(self.fake_step)}
+        self.log_dict(self.student_figures | counts, batch_size=len(batch["captions"]))
+        return {"loss": loss}
+
+    def student_turn(self, batch: dict[str, Any], step: int) -> Generated:
+        """One step of the student, and the batch that it was made with."""
+        generated = self.generate(batch, step)
+        losses, figures = self.student_losses(generated, batch, step)
+        loss = losses.mean()
+        self.back_propagate(loss)
+        norm = self.take_step("student")
+        figures |= {"student_loss": loss, "student_gradient_norm": norm, **self.moments("student", generated.clean)}
+        self.student_figures = {f"train/{name}": value.detach() for name, value in figures.items()}
+        return generated
+
+    def fake_turn(self, generated: Generated, step: int) -> Tensor:
+        """One step of the fake score on the samples of the student; returns its loss."""
+        with self.roles.acting(FAKE) as network:
+            loss = self.fake_losses(network, generated, step).mean()
+            self.back_propagate(loss)
+        norm = self.take_step(FAKE)
+        if self.objective.ida is not None:
+            fake, student = (map(local, self.roles.trained(role).values()) for role in (FAKE, "student"))
+            distillation.blend(fake, student, self.objective.ida)
+        self.log("train/fake_loss", loss, prog_bar=True)
+        self.log("train/fake_gradient_norm", norm)
+        return loss.detach()
+
+    def back_propagate(self, loss: Tensor) -> None:
+        with torch.autocast(self.device.type, enabled=False):  # it is for forwards
+            self.manual_backward(loss)
+
+    def take_step(self, role: str) -> Tensor:
+        """Clip, let callbacks judge, step, and forget the gradients; returns their norm before clipping."""
+        place = ROLES.index(role)
+        optimizer, schedule = self.optimizers()[place], self.lr_schedulers()[place]  # type: ignore[index]
+        parameters = list(self.roles.trained(role).values())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val or math.inf)
+        if isinstance(norm, DTensor):  # of all shards together, still in parts
+            norm = norm.full_tensor()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+            if hasattr(callback, "on_gradient_norm"):
+                callback.on_gradient_norm(self.trainer, self, optimizer.optimizer, norm)
+        self.steps[role] += any(parameter.grad is not None for parameter in parameters)  # else a guard has skipped it
+        if role == FAKE:
+            optimizer.step()  # the one that the trainer counts
+        else:
+            optimizer.optimizer.step()
+        schedule.step()  # type: ignore[call-arg]
+        optimizer.zero_grad()
+        return norm
+
+    # --------------------------------------------------------------------------------------------------- what is learnt
+
+    def generate(self, batch: dict[str, Any], step: int) -> Generated:
+        """Draw a batch as in serving, up to a step that is the same on all ranks, so that they make as many forwards.
+
+        Where gradients are on they are those of the last forward alone.
+        """
+        features = self.encode_captions(batch)
+        grid = sigmas(self.rollout.num_inference_steps, self.rollout.shift)
+        index = int(torch.randint(len(grid) - 1, (), generator=generator(self.seed, "train/step_index", step)))
+        noise = self.noise(self.shapes(batch), "noise", step)
+        latents = self.simulate(noise, features, grid[: index + 1], step)
+        t = torch.full((len(latents),), 1 - float(grid[index]), device=self.device)
+        clean = flow_matching.clean_from_velocity(latents, self.backbone(latents, t, features), t)
+        return Generated(features, clean, index)
+
+    @torch.no_grad()
+    def simulate(self, noise: list[Tensor], features: list[Tensor], grid: Tensor, step: int) -> list[Tensor]:
+        """The student's latents after the steps of a grid."""
+        shapes = [tuple(x.shape) for x in noise]
+        options: dict[str, Callable[[int], list[Tensor]]] = {}
+        if self.rollout.sampler == "renoise":
+            options["fresh_noise"] = lambda number: self.noise(shapes, f"renoise/{number}", step)
+        velocity = guided_velocity(self.backbone, features, None, guidance_scale=1.0)
+        return list(SOLVERS[self.rollout.sampler](velocity, noise, grid, **options))
+
+    def student_losses(
+        self, generated: Generated, batch: dict[str, Any], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Per-sample losses of the student, (B,), and figures for the curves."""
+        clean = generated.clean
+        terms = self.terms(generated, step)
+        losses = sum(
+            (distillation.pseudo_loss(clean, direction) for direction in terms.directions),
+            torch.zeros((), device=self.device),
+        )
+        figures = {"gap": terms.gap.mean()}
+        if terms.cosine is not None:
+            figures["cos_dm_ca"] = terms.cosine.mean()
+        data = self.data_latents(batch)
+        if data is not None:
+            figures |= self.moments("data", data)
+        if self.objective.mean_variance:
+            if data is None:
+                raise UserError("objective.mean_variance needs data with pictures: name such data, or set it to 0.")
+            flat = torch.cat([x.flatten(1) for x in data], dim=1)
+            matched = distillation.mean_variance_loss(clean, flat.mean(1), flat.std(1))
+            losses = losses + self.objective.mean_variance * matched
+        return losses, figures
+
+    @torch.no_grad()
+    def terms(self, generated: Generated, step: int) -> Terms:
+        """Where teacher and fake score send the student's samples."""
+        settings, clean, features = self.objective, [x.detach() for x in generated.clean], generated.features
+        noisy, t = self.renoised(generated, settings.matching, "matching", step)
+        guides = settings.guidance_scale != 1
+        noisy_ca, t_ca = noisy, t
+        if guides and settings.name == "decoupled":
+            law = settings.guidance or RenoiseLaw("cleaner", shift=self.rollout.shift)
+            noisy_ca, t_ca = self.renoised(generated, law, "guidance", step)
+        fake = self.seen_by(FAKE, noisy, t, features)
+        if not guides:
+            teacher = self.seen_by("teacher", noisy, t, features)
+            return Terms(
+                [distillation.dm_direction(clean, teacher, fake, settings.clamp)],
+                distillation.gap(clean, teacher, fake),
+                None,
+            )
+        teacher, conditional, unconditional = self.seen_by_teacher(noisy, t, noisy_ca, t_ca, features)
+        dm = distillation.dm_direction(clean, teacher, fake, settings.clamp)
+        ca = distillation.ca_direction(clean, conditional, unconditional, settings.guidance_scale, settings.clamp)
+        together = [dm, ca]
+        if settings.name == "coupled":
+            target = guided(conditional, unconditional, settings.guidance_scale)
+            together = [distillation.dm_direction(clean, target, fake, settings.clamp)]
+        return Terms(together, distillation.gap(clean, teacher, fake), distillation.cosine(dm, ca))
+
+    def seen_by(self, role: str, latents: list[Tensor], t: Tensor, features: list[Tensor]) -> list[Tensor]:
+        """The clean samples that a role sees in noisy ones."""
+        with self.roles.acting(role, self.teacher_share()) as network:
+            return flow_matching.clean_from_velocity(latents, network(latents, t, features), t)
+
+    def seen_by_teacher(
+        self, noisy: list[Tensor], t: Tensor, noisy_ca: list[Tensor], t_ca: Tensor, features: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """What the teacher sees: in `noisy` with the captions, in `noisy_ca` with them and without; in one forward."""
+        (empty,) = self.text_encoder.encode([""])
+        without, n = [empty] * len(features), len(features)
+        if noisy_ca is noisy:
+            seen = self.seen_by("teacher", noisy * 2, torch.cat([t, t]), features + without)
+            return seen[:n], seen[:n], seen[n:]
+        times = torch.cat([t, t_ca, t_ca])
+        seen = self.seen_by("teacher", noisy + noisy_ca * 2, times, features * 2 + without)
+        return seen[:n], seen[n : 2 * n], seen[2 * n :]
+
+    def teacher_share(self) -> float:
+        """The share of the fake score's change that the teacher takes over at present."""
+        if self.dynamic_guidance is None:
+            return 0.0
+        return dynamic_teacher_scale(self.student_step, self.dynamic_guidance.start, self.dynamic_guidance.steps)
+
+    def fake_losses(self, network: S3DiT, generated: Generated, step: int) -> Tensor:
+        """Per-sample flow-matching loss of the fake score on the student's samples, (B,)."""
+        clean = [x.detach() for x in generated.clean]
+        noise = self.noise([tuple(x.shape) for x in clean], "fake/noise", step)
+        t = self.times(self.objective.fake, generated, "fake", step)
+        predicted = network(flow_matching.interpolate(noise, clean, t), t, generated.features)
+        return distillation.fake_score_loss(predicted, noise, clean)
+
+    def renoised(self, generated: Generated, law: RenoiseLaw, purpose: str, step: int) -> tuple[list[Tensor], Tensor]:
+        """The student's samples with noise of a law, and their times (B,)."""
+        clean = [x.detach() for x in generated.clean]
+        t = self.times(law, generated, purpose, step)
+        noise = self.noise([tuple(x.shape) for x in clean], f"{purpose}/noise", step)
+        return flow_matching.interpolate(noise, clean, t), t
+
+    def times(self, law: RenoiseLaw, generated: Generated, purpose: str, step: int) -> Tensor:
+        n = len(generated.clean)
+        present = torch.full((n,), 1 - generated.step_index / self.rollout.num_inference_steps)  # before the shift
+        draw = generator(self.seed, f"train/{purpose}/times", step, self.global_rank)
+        return law.sample(n, draw, present, self.student_step).to(self.device)
+
+    def noise(self, shapes: list[tuple[int, ...]], purpose: str, step: int) -> list[Tensor]:
+        draw = generator(self.seed, f"train/{purpose}", step, self.global_rank)
+        return [torch.randn(shape, generator=draw, dtype=torch.float32).to(self.device) for shape in shapes]
+
+    # --------------------------------------------------------------------------------------------------- data
+
+    def encode_captions(self, batch: dict[str, Any]) -> list[Tensor]:
+        return batch["caption_features"] if "caption_features" in batch else self.text_encoder.encode(batch["captions"])
+
+    def shapes(self, batch: dict[str, Any]) -> list[tuple[int, ...]]:
+        """(C, H, W) of the latents to draw: those of the batch's pictures, else of the canvases."""
+        if "image_latents" in batch:
+            return [tuple(x.shape) for x in batch["image_latents"]]
+        if "images" in batch:
+            sizes = [(image.shape[2], image.shape[1]) for image in batch["images"]]
+        elif self.canvases:
+            sizes = [self.canvases[place % len(self.canvases)] for place in range(len(batch["captions"]))]
+        else:
+            raise UserError(
+                "the data give prompts without pictures: say in model.init_args.canvases how large to draw."
+            )
+        side = self.codec.downsample
+        return [(self.config.in_channels, height // side, width // side) for width, height in sizes]
+
+    @torch.no_grad()
+    def data_latents(self, batch: dict[str, Any]) -> list[Tensor] | None:
+        """Latents of the batch's own pictures, None where it has none."""
+        if "image_latents" in batch:
+            return batch["image_latents"]
+        return encode_images(self.codec, batch["images"], self.device) if "images" in batch else None
+
+    def moments(self, name: str, latents: list[Tensor]) -> dict[str, Tensor]:
+        flat = torch.cat([x.detach().float().flatten() for x in latents])
+        return {f"{name}_mean": flat.mean(), f"{name}_std": flat.std()}
+
+    # --------------------------------------------------------------------------------------------------- optimisers
+
+    def configure_optimizers(self) -> Any:
+        iterations = self.trainer.estimated_stepping_batches
+        if self.layout != "copies":
+            check_adapter_types(self.roles.networks[FAKE])
+        configured = []
+        for role in ROLES:
+            settings = self.optimizer_settings[role]
+            if iterations == math.inf and settings.decay != "constant":
+                raise UserError(
+                    f"a decay={settings.decay} of the {role.replace('_', ' ')} needs an end of training: give "
+                    "trainer.max_steps, or set it to constant."
+                )
+            steps = 0 if iterations == math.inf else int(iterations) // (self.ratio if role == "student" else 1)
+            optimizer = build_optimizer(self.roles.trained(role), settings, self.seed)
+            configured.append({"optimizer": optimizer, "lr_scheduler": LearningRate(optimizer, steps, settings)})
+        return configured
