@@ -217,7 +217,8 @@ class ZImagePipeline:
             cfg_normalization: longest a guided velocity may get, relative to the conditional one; 0 = unlimited.
             batch_size: pictures that are computed together. More than 1 is faster where pictures are small, and
                 then equal to a picture computed alone only up to the rounding of the network's kernels.
-            solver: euler, heun (asks the network twice a step) or cps (draws some of the noise anew at each step).
+            solver: euler, heun (asks the network twice a step), cps (draws some of the noise anew at each step) or
+                renoise (all of it; for students that were distilled with it).
             eta: how much cps draws anew, in [0, 1].
             on_step: called as ``on_step(index, latents)`` after every step of every batch.
 
@@ -481,7 +482,8 @@ class GenerateSettings:
     cfg_start: float | None = None  # no guidance before this t (0 = noise, 1 = clean)
     cfg_truncation: float = 1.0  # no guidance beyond this t
     cfg_normalization: float = 0.0  # longest guided velocity, relative to the conditional one; 0 = unlimited
-    solver: Literal["euler", "heun", "cps"] | None = None  # heun asks the network twice a step, cps adds noise
+    # heun asks the network twice a step, cps draws some of the noise anew, renoise all of it
+    solver: Literal["euler", "heun", "cps", "renoise"] | None = None
     eta: float | None = None  # share of the noise that cps draws anew, 0 to 1
     batch_size: int = 1  # pictures at once; more is faster for small pictures and equal up to rounding
     device: str | None = None  # cpu, cuda, cuda:1, …; a GPU where there is one

@@ -57,7 +57,7 @@ def test_noise_drawn_anew_belongs_to_the_sample_and_not_to_its_batch():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"solver": "rk4"}, "solver must be one of euler, heun, cps, not rk4"),
+        ({"solver": "rk4"}, "solver must be one of euler, heun, cps, renoise, not rk4"),
         ({"solver": "cps", "eta": 1.5}, r"eta must lie in \[0, 1\]"),
         ({"solver": "heun", "eta": 0.5}, "eta=0.5 means nothing to the solver heun"),
     ],

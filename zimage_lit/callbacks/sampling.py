@@ -28,7 +28,7 @@ class SamplingSettings:
     guidance_scale: float = 3.0  # 1 = none
     cfg_start: float = 0.0  # no guidance before this t (0 = noise, 1 = clean)
     shift: float = 1.0  # static shift of the noise schedule
-    solver: str = "euler"  # euler, heun or cps
+    solver: str = "euler"  # euler, heun, cps or renoise
     eta: float = 0.0  # share of the noise that cps draws anew at each step
     batch_size: int = 64  # pictures drawn at once
 

@@ -7,12 +7,10 @@ Source: Z-Image technical report, Eq. 1 (arXiv 2511.22699); Liu et al., Rectifie
 Every function takes one tensor (B, …) or a list of B tensors of any shapes, one a sample, and returns the same form.
 """
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
-Latents = TypeVar("Latents", Tensor, list[Tensor])
+from zimage_lit.objectives.latents import Latents, check_batch, check_pairs
 
 
 def interpolate(noise: Latents, data: Latents, t: Tensor) -> Latents:
@@ -21,8 +19,8 @@ def interpolate(noise: Latents, data: Latents, t: Tensor) -> Latents:
     ``noise`` and ``data``: float32, (B, …) or lists of (C, H, W); ``t``: (B,) in [0, 1].
     Raises ValueError where the batches or the shapes of a sample differ.
     """
-    _check_pairs(noise, data)
-    _check_batch(data, t)
+    check_pairs(noise, data)
+    check_batch(data, t)
     if isinstance(data, Tensor):
         t = t.reshape(-1, *[1] * (data.ndim - 1))
         return t * data + (1 - t) * noise
@@ -31,7 +29,7 @@ def interpolate(noise: Latents, data: Latents, t: Tensor) -> Latents:
 
 def target_velocity(noise: Latents, data: Latents) -> Latents:
     """v = x1 − x0, what the network learns; the same at every t, because the path is straight."""
-    _check_pairs(noise, data)
+    check_pairs(noise, data)
     if isinstance(data, Tensor):
         return data - noise
     return [x1 - x0 for x0, x1 in zip(noise, data, strict=True)]
@@ -42,8 +40,8 @@ def clean_from_velocity(latents: Latents, velocity: Latents, t: Tensor) -> Laten
 
     ``latents`` and ``velocity``: (B, …) or lists of (C, H, W); ``t``: (B,).
     """
-    _check_pairs(latents, velocity)
-    _check_batch(latents, t)
+    check_pairs(latents, velocity)
+    check_batch(latents, t)
     if isinstance(latents, Tensor):
         return latents + (1 - t).reshape(-1, *[1] * (latents.ndim - 1)) * velocity
     return [x + (1 - t_i) * v for x, v, t_i in zip(latents, velocity, t.unbind(), strict=True)]
@@ -55,7 +53,7 @@ def loss(predicted: Latents, target: Latents) -> Tensor:
     The mean runs over one sample's own elements, so a 1024² picture weighs as much as a 256² one; the batch is not
     reduced, so the caller can weigh, log by timestep, or take ``.mean()``.
     """
-    _check_pairs(predicted, target)
+    check_pairs(predicted, target)
     if isinstance(target, Tensor):
         return (predicted.float() - target.float()).square().flatten(1).mean(dim=1)
     if len({x.shape for x in target}) == 1:
@@ -65,18 +63,3 @@ def loss(predicted: Latents, target: Latents) -> Tensor:
     joined_predicted = torch.cat([x.reshape(-1) for x in predicted]).float()
     lengths = torch.tensor([x.numel() for x in target], device=joined_target.device)
     return torch.segment_reduce((joined_predicted - joined_target).square(), "mean", lengths=lengths)
-
-
-def _check_pairs(first: Latents, second: Latents) -> None:
-    if isinstance(first, Tensor) != isinstance(second, Tensor):
-        raise ValueError("Latents must both be tensors (B, …) or both be lists of (C, H, W), not one of each.")
-    if len(first) != len(second):
-        raise ValueError(f"Two batches that belong together have {len(first)} and {len(second)} samples.")
-    for i, (a, b) in enumerate(zip(first, second, strict=True)):
-        if a.shape != b.shape:
-            raise ValueError(f"Sample {i} has shape {tuple(a.shape)} on one side and {tuple(b.shape)} on the other.")
-
-
-def _check_batch(latents: Latents, t: Tensor) -> None:
-    if t.shape != (len(latents),):
-        raise ValueError(f"t must have shape ({len(latents)},), one time a sample, but has {tuple(t.shape)}.")

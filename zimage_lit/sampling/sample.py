@@ -1,6 +1,7 @@
 """From noise to clean latents: the one loop that stages' callbacks and the pipeline share."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ def sample(
 
     ``backbone``: ``(latents list, t (B,), captions list) -> velocities list``; ``captions``: (L_i, D) features;
     ``noises``: initial latents (C, H_i, W_i), of any sizes. ``guidance_scale`` is the standard one (1 = none).
-    ``eta`` and ``seeds``: of the solver cps alone, how much noise it draws anew, and each sample's seed of that noise.
+    ``eta``: of the solver cps alone, how much noise it draws anew. ``seeds``: each sample's seed of that noise, for cps
+    and renoise.
     Mixed precision is the caller's: wrap the call in ``torch.autocast``; the state stays float32.
     Raises ValueError where captions, negatives, noises and seeds differ in number; UserError for an unknown solver, and
     for an eta, a number of steps, a shift or guidance that makes no sense.
@@ -68,7 +70,9 @@ def sample(
     velocity = guided_velocity(
         backbone, captions, negative_captions, guidance_scale, cfg_truncation, float(cfg_normalization), cfg_start
     )
-    options = {"eta": eta, "fresh_noise": _fresh_noise(noises, seeds)} if solver == "cps" else {}
+    options: dict[str, Any] = {"eta": eta} if solver == "cps" else {}
+    if solver in ("cps", "renoise"):
+        options["fresh_noise"] = _fresh_noise(solver, noises, seeds)
     latents = SOLVERS[solver](velocity, list(noises), sigmas(num_inference_steps, shift), on_step, **options)
     return list(latents)
 
@@ -83,10 +87,10 @@ def check_solver(solver: str, eta: float = 0.0) -> None:
         raise UserError(f"eta={eta} means nothing to the solver {solver}: give solver=cps, or eta=0.")
 
 
-def _fresh_noise(noises: Sequence[Tensor], seeds: Sequence[int] | None) -> Callable[[int], list[Tensor]]:
+def _fresh_noise(solver: str, noises: Sequence[Tensor], seeds: Sequence[int] | None) -> Callable[[int], list[Tensor]]:
     """Noise of the samples for a step: a pure function of each one's seed, like its first noise."""
     if seeds is None or len(seeds) != len(noises):
-        raise ValueError(f"The solver cps needs the seed of each of {len(noises)} samples.")
+        raise ValueError(f"The solver {solver} needs the seed of each of {len(noises)} samples.")
 
     def draw(step: int) -> list[Tensor]:
         return [

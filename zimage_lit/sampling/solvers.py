@@ -26,7 +26,7 @@ def euler(
     on_step: OnStep[Latents] | None = None,
 ) -> Latents:
     """First order, one evaluation a step: x ← x + (sigma − sigma_next)·v. What the published weights are run with."""
-    latents = _full_precision(latents)
+    latents = full_precision(latents)
     for i, (sigma, sigma_next) in enumerate(pairwise(_floats(sigmas))):
         latents = _advance(latents, velocity(latents, 1 - sigma), sigma - sigma_next)
         if on_step is not None:
@@ -45,7 +45,7 @@ def heun(
     The last step stays Euler's. Its error is of the same order as the others' sum, and the network is never asked at
     sigma = 0, where training puts next to no samples. Source: Karras et al., arXiv 2206.00364, Algorithm 1.
     """
-    latents = _full_precision(latents)
+    latents = full_precision(latents)
     for i, (sigma, sigma_next) in enumerate(pairwise(_floats(sigmas))):
         step = sigma - sigma_next
         slope = velocity(latents, 1 - sigma)
@@ -75,7 +75,7 @@ def cps(
     method, eta in [0, 1]. Unlike a stochastic differential equation it does not keep the distribution as it is: samples
     contract a little. Source: Coefficients-Preserving Sampling, arXiv 2509.05952.
     """
-    latents = _full_precision(latents)
+    latents = full_precision(latents)
     kept, drawn = math.cos(eta * math.pi / 2), math.sin(eta * math.pi / 2)
     for i, (sigma, sigma_next) in enumerate(pairwise(_floats(sigmas))):
         slope = velocity(latents, 1 - sigma)
@@ -87,7 +87,23 @@ def cps(
     return latents
 
 
-SOLVERS: dict[str, Callable[..., Any]] = {"euler": euler, "heun": heun, "cps": cps}
+def renoise(
+    velocity: Velocity[Latents],
+    latents: Latents,
+    sigmas: Tensor | Sequence[float],
+    on_step: OnStep[Latents] | None = None,
+    *,
+    fresh_noise: Callable[[int], Latents],
+) -> Latents:
+    """The clean sample, noised again with nothing but fresh noise: x ← (1 − sigma_next)·x̂1 + sigma_next·fresh.
+
+    It is cps with eta = 1; for students that were distilled with it. Sources: DMD2 (arXiv 2405.14867); consistency
+    models (arXiv 2303.01469, Algorithm 1).
+    """
+    return cps(velocity, latents, sigmas, on_step, eta=1.0, fresh_noise=fresh_noise)
+
+
+SOLVERS: dict[str, Callable[..., Any]] = {"euler": euler, "heun": heun, "cps": cps, "renoise": renoise}
 
 
 def _advance(latents: Latents, velocity: Latents, step: float) -> Latents:
@@ -102,7 +118,8 @@ def _mixed(first: Latents, weight: float, second: Latents, other_weight: float) 
     return [weight * x + other_weight * y.to(x.dtype) for x, y in zip(first, second, strict=True)]
 
 
-def _full_precision(latents: Latents) -> Latents:
+def full_precision(latents: Latents) -> Latents:
+    """The same latents in float32, or in float64 if they came so."""
     if isinstance(latents, Tensor):
         return latents.to(torch.promote_types(latents.dtype, torch.float32))
     return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in latents]
