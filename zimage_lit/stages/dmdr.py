@@ -58,6 +58,7 @@ class ObjectiveSettings:
 
     name: Literal["decoupled", "coupled"] = "decoupled"
     guidance_scale: float = 4.0  # the teacher's; 1 = none
+    cfg_start: float = 0.0  # no guidance at noise of an earlier t (0 = noise, 1 = clean)
     clamp: float = 0.1  # least distance by which a term is divided
     matching: RenoiseLaw = field(default_factory=RenoiseLaw)  # noise at which student and teacher are compared
     guidance: RenoiseLaw | None = None  # decoupled: noise at which guidance acts; null: cleaner than the student's step
@@ -67,7 +68,7 @@ class ObjectiveSettings:
 
     def __post_init__(self) -> None:
         key = "model.init_args.objective"
-        check_guidance(self.guidance_scale)
+        check_guidance(self.guidance_scale, cfg_start=self.cfg_start)
         if self.name not in ("decoupled", "coupled"):
             raise UserError(f"{key}.name must be decoupled or coupled, not {self.name}.")
         if self.name == "coupled" and self.guidance is not None:
@@ -397,12 +398,11 @@ class DMDRModule(LightningModule):
         fake = self.seen_by(FAKE, noisy, t, features)
         if not guides:
             teacher = self.seen_by("teacher", noisy, t, features)
-            return Terms(
-                [distillation.dm_direction(clean, teacher, fake, settings.clamp)],
-                distillation.gap(clean, teacher, fake),
-                None,
-            )
+            dm = distillation.dm_direction(clean, teacher, fake, settings.clamp)
+            return Terms([dm], distillation.gap(clean, teacher, fake), None)
         teacher, conditional, unconditional = self.seen_by_teacher(noisy, t, noisy_ca, t_ca, features)
+        pairs = zip(conditional, unconditional, t_ca.tolist(), strict=True)
+        unconditional = [c if time < settings.cfg_start else u for c, u, time in pairs]
         dm = distillation.dm_direction(clean, teacher, fake, settings.clamp)
         ca = distillation.ca_direction(clean, conditional, unconditional, settings.guidance_scale, settings.clamp)
         together = [dm, ca]
