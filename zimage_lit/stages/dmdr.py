@@ -493,19 +493,26 @@ class DMDRModule(LightningModule):
 
     # --------------------------------------------------------------------------------------------------- optimisers
 
-    def configure_optimizers(self) -> Any:
+    def iterations(self) -> int:
+        """Steps of the trainer in the run, which learning rates that decay must know; 0 where it has no end."""
         iterations = self.trainer.estimated_stepping_batches
+        if iterations != math.inf:
+            return int(iterations)
+        for role, settings in self.optimizer_settings.items():
+            if settings.decay != "constant":
+                raise UserError(
+                    f"a decay={settings.decay} of the {role.replace('_', ' ')} needs an end of training: give "
+                    "trainer.max_steps or trainer.max_epochs, or set it to constant."
+                )
+        return 0
+
+    def configure_optimizers(self) -> Any:
         if self.layout != "copies":
             check_adapter_types(self.roles.networks[FAKE])
         configured = []
         for role in ROLES:
             settings = self.optimizer_settings[role]
-            if iterations == math.inf and settings.decay != "constant":
-                raise UserError(
-                    f"a decay={settings.decay} of the {role.replace('_', ' ')} needs an end of training: give "
-                    "trainer.max_steps, or set it to constant."
-                )
-            steps = 0 if iterations == math.inf else int(iterations) // (self.ratio if role == "student" else 1)
+            steps = self.iterations() // (self.ratio if role == "student" else 1)
             optimizer = build_optimizer(self.roles.trained(role), settings, self.seed)
             configured.append({"optimizer": optimizer, "lr_scheduler": LearningRate(optimizer, steps, settings)})
         return configured
