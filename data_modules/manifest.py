@@ -16,6 +16,7 @@ from zimage_lit.errors import UserError
 from zimage_lit.files import parse_json, read_json, write_atomically
 
 MANIFEST = "manifest.json"
+CLASSIFIER = "classifier"  # folder in a data folder, no part of the data set
 FORMAT = 1
 REMOTE_WAY_OUT = "copy the whole data set there again"
 Verify = Literal["size", "sha256"]
@@ -134,9 +135,11 @@ def problem_with(data_dir: Path, name: str, expected: Mapping[str, Any], verify:
 
 
 def data_files(data_dir: Path) -> list[str]:
-    """The files of a data set as paths below its folder, sorted; not its manifest nor what is hidden, such as locks."""
+    """The files of a data set as paths below its folder, sorted; not its manifest, nor what is hidden, such as locks,
+    nor the classifier that scoring makes beside it later."""
     paths = (path.relative_to(data_dir) for path in data_dir.rglob("*") if path.is_file())
-    return sorted(path.as_posix() for path in paths if not path.as_posix().startswith((MANIFEST, ".")))
+    others = (MANIFEST, ".", f"{CLASSIFIER}/")
+    return sorted(path.as_posix() for path in paths if not path.as_posix().startswith(others))
 
 
 def sha256(path: Path) -> str:
