@@ -111,7 +111,7 @@ Adapters = dict[str, Adapter]  # by the published name of the module
 
 @contextmanager
 def type_of_base(dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, a backbone is made (or read from disk) in the type that its frozen weights shall have; None: the usual."""
+    """Inside, a backbone is made (or read from disk) in the type that its frozen weights shall have; None: as usual."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype or usual)
     try:

@@ -124,7 +124,7 @@ def read_training(config: Mapping[str, Any], devices: int | None = None, caption
 
 def meta_backbone(settings: Any, lora: LoRASettings | None, precision: str) -> S3DiT:
     """The backbone as the stage will train it, without values."""
-    with torch.device("meta"), type_of_base(lora and lora.frozen_dtype):
+    with torch.device("meta"), type_of_base(lora.frozen_dtype if lora else None):
         backbone = S3DiT(backbone_config(settings))
     if precision == "bf16-true":
         backbone.to(torch.bfloat16)

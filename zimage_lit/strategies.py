@@ -82,7 +82,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """As the stage itself names what it keeps, each rank's share; torch would look for parameters of these names."""
+        """Each rank's share, by the stage's own names; torch would ask for parameters of these names."""
         assert self.lightning_module is not None
         return self.lightning_module.state_dict()
 

@@ -205,8 +205,8 @@ def test_a_checkpoint_of_other_groups_is_named(parts, batch, tmp_path):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_sample_that_is_not_finite_costs_its_step_alone(parts, batch, tmp_path, name):
     """Against a loop written out by hand that leaves that step out; EMA and optimiser included."""
-    good = {"image_latents": encode_images(stage(parts).codec, batch["images"], torch.device("cpu")), "captions": batch["captions"],
-            "ids": list("abcdefgh")}  # fmt: skip
+    latents = encode_images(stage(parts).codec, batch["images"], torch.device("cpu"))
+    good = {"image_latents": latents, "captions": batch["captions"], "ids": list("abcdefgh")}
     bad = {**good, "image_latents": [x * math.nan if i == 3 else x for i, x in enumerate(good["image_latents"])]}
     settings = OptimizerSettings(name=name, lr=1e-3, weight_decay=0.1)
     module, guard, ema = stage(parts, optimizer=settings), StepGuard(), EMA(decay=0.5, warmup=False)

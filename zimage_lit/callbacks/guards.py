@@ -43,8 +43,9 @@ class StepGuard(Callback):
     was). The counts survive a resume.
 
     A stage with several optimisers has its losses, and what was skipped in a row, judged for each of them by itself;
-    the record says which one by its place, `optimizer`. A stage whose class says `hands_over_gradient_norm = True` calls `on_gradient_norm` between its clipping and the
-    step; for any other module the norm is worked out here. Each step waits for the device once, to read loss and norm.
+    records name it by its place, `optimizer`. A stage whose class says `hands_over_gradient_norm = True` calls
+    `on_gradient_norm` between its clipping and the step; for any other module the norm is worked out here. Each step
+    waits for the device once, to read loss and norm.
     """
 
     def __init__(

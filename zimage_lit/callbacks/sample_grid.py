@@ -66,7 +66,8 @@ class SampleGrid(Callback):
         self._drawn_step = step
         seeds = [self.seed + i for i in range(len(self.prompts))]
         rows: dict[int | None, list[Image.Image]] = {}
-        for steps in self.step_counts or [None]:
+        counts: Sequence[int | None] = self.step_counts or [None]
+        for steps in counts:
             sampling = replace(self.sampling, num_inference_steps=steps) if steps else self.sampling
             rows[steps] = draw_pictures(trainer, pl_module, sampling, self.prompts, seeds, self.sizes)
         if trainer.is_global_zero:

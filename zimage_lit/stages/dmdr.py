@@ -1,7 +1,7 @@
 """Distillation into a few steps: Decoupled DMD, and DMDR, which joins it with rewards.
 
-One iteration draws a batch with the student, on the grid on which it will serve (back-simulation). The fake score learns
-that batch in every iteration, the student learns from it in every `ratio`-th one.
+One iteration draws a batch with the student, on the grid on which it will serve (back-simulation). The fake score
+learns that batch in every iteration, the student learns from it in every `ratio`-th one.
 Sources: DMD2 (arXiv 2405.14867), Decoupled DMD (arXiv 2511.22677), DMDR (arXiv 2511.13649).
 """
 
@@ -21,7 +21,8 @@ from zimage_lit.components import LatentCodec, TextEncoder
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.lora import LoRASettings, base_fingerprint, check_adapter_types
 from zimage_lit.objectives import distillation, flow_matching
-from zimage_lit.objectives.timesteps import RenoiseLaw, dynamic_teacher_scale
+from zimage_lit.objectives.timesteps import RenoiseLaw, TimestepLaw, dynamic_teacher_scale
+from zimage_lit.rewards import RewardSet
 from zimage_lit.rng import generator
 from zimage_lit.sampling import check_schedule, sigmas
 from zimage_lit.sampling.guidance import check_guidance, guided, guided_velocity
@@ -29,6 +30,7 @@ from zimage_lit.sampling.solvers import SOLVERS
 from zimage_lit.stages.frozen_parts import check_encoded_by, encode_images
 from zimage_lit.stages.initial_weights import backbone_config, check_weights
 from zimage_lit.stages.optimizers import LearningRate, OptimizerSettings, build_optimizer, kind_of_states
+from zimage_lit.stages.reward_terms import RewardSettings, RewardTerm, check_reward, policy_losses, repeated
 from zimage_lit.stages.roles import FAKE, Layout, Roles, check_layout, continue_from, make_networks
 
 ROLES = ("student", FAKE)  # those that are trained, in the order of their optimisers
@@ -52,8 +54,8 @@ class RolloutSettings:
 class ObjectiveSettings:
     """What pulls the student towards the guided teacher.
 
-    coupled: one term, as in DMD2. decoupled: distribution matching and guidance as two, each with times and noise of its
-    own; its guidance acts more strongly at the same scale, so the scale has to be found anew.
+    coupled: one term, as in DMD2. decoupled: distribution matching and guidance as two, each with times and noise of
+    its own; its guidance acts more strongly at the same scale, so the scale has to be found anew.
     """
 
     name: Literal["decoupled", "coupled"] = "decoupled"
@@ -64,6 +66,7 @@ class ObjectiveSettings:
     guidance: RenoiseLaw | None = None  # decoupled: noise at which guidance acts; null: cleaner than the student's step
     fake: RenoiseLaw = field(default_factory=RenoiseLaw)  # noise at which the fake score learns
     mean_variance: float = 0.0  # weight of matching mean and variance of the data's latents; 0 = none
+    data: float = 0.0  # weight of the velocity's loss on the data's pictures, at the times of the rollout; 0 = none
     ida: float | None = None  # share of its weights that the fake score keeps, the rest is the student's; null: all
 
     def __post_init__(self) -> None:
@@ -75,15 +78,16 @@ class ObjectiveSettings:
             raise UserError(f"{key}.guidance is of name=decoupled alone: set it to null, or change the name.")
         if not self.clamp > 0:
             raise UserError(f"{key}.clamp must be more than 0, not {self.clamp}.")
-        if not 0 <= self.mean_variance < math.inf:
-            raise UserError(f"{key}.mean_variance must be 0 or more, not {self.mean_variance}.")
+        for name in ("mean_variance", "data"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{key}.{name} must be 0 or more, not {getattr(self, name)}.")
         if self.ida is not None and not 0 <= self.ida <= 1:
             raise UserError(f"{key}.ida must lie in [0, 1] or be null, not {self.ida}.")
 
 
 @dataclass
 class DynamicGuidanceSettings:
-    """DynaDG: at first the teacher takes over a share of what the fake score has learnt, so that it is near the student."""
+    """DynaDG: at first the teacher takes over a share of what the fake score has learnt, and so is near the student."""
 
     start: float = 0.375  # that share at first; the authors' LoRA scale of 0.75, where the fake score's is 2
     steps: int = 10000  # of the student, until none is left
@@ -107,7 +111,8 @@ class Generated:
 class Terms:
     """Where the student's samples shall go, and what tells how far it has come; directions have the form of latents."""
 
-    directions: list[list[Tensor]]  # to be descended along, one after the other
+    matching: list[Tensor]  # to be descended along
+    guidance: list[Tensor] | None  # likewise; None where it is in `matching`, or where there is none
     gap: Tensor  # (B,)
     cosine: Tensor | None  # (B,) between distribution matching and guidance; None without guidance
 
@@ -122,7 +127,7 @@ class DMDRModule(LightningModule):
     frozen_dtype: of the weights that nobody trains; None for the trainer's.
     ratio: iterations (steps of the trainer, and of the fake score) for each step of the student.
     gradient_clip_val: largest norm of each role's gradient; None for no limit. Lightning's own does not know of roles.
-    dynamic_guidance: None for a teacher that stays what it is.
+    dynamic_guidance: None for a teacher that stays what it is. reward: None for distillation alone.
     canvases: [width, height] in pixels, which samples of batches without pictures take in turn.
 
     The frozen weights are not in the checkpoints, so `init_from` must stay where it is as long as the run is continued.
@@ -145,6 +150,7 @@ class DMDRModule(LightningModule):
         rollout: RolloutSettings | None = None,
         objective: ObjectiveSettings | None = None,
         dynamic_guidance: DynamicGuidanceSettings | None = None,
+        reward: RewardSettings | None = None,
         student_optimizer: OptimizerSettings | None = None,
         fake_optimizer: OptimizerSettings | None = None,
         ratio: int = 5,
@@ -164,6 +170,10 @@ class DMDRModule(LightningModule):
         self.rollout = rollout or RolloutSettings()
         self.objective = objective or ObjectiveSettings()
         self.dynamic_guidance = dynamic_guidance
+        self.reward = reward
+        if reward is not None:
+            check_reward(reward, self.objective, self.rollout.num_inference_steps)
+        self.reward_term: RewardTerm | None = None
         self.optimizer_settings = {
             "student": student_optimizer or OptimizerSettings(),
             FAKE: fake_optimizer or OptimizerSettings(),
@@ -171,7 +181,7 @@ class DMDRModule(LightningModule):
         self.ratio = at_least_one("model.init_args.ratio", ratio)
         if gradient_clip_val is not None and not gradient_clip_val > 0:
             raise UserError(
-                f"model.init_args.gradient_clip_val must be more than 0 (or null for no limit), not {gradient_clip_val}."
+                f"model.init_args.gradient_clip_val must be more than 0 (or null for none), not {gradient_clip_val}."
             )
         self.gradient_clip_val = gradient_clip_val
         if self.objective.ida is not None and layout != "copies":
@@ -180,7 +190,8 @@ class DMDRModule(LightningModule):
         self.seed = seed
         self.parallelize = parallelize or ParallelizeSettings()
         self.steps = dict.fromkeys(ROLES, 0)
-        self.student_figures: dict[str, Tensor] = {}  # of its last turn
+        self.frozen = ""  # fingerprint of the teacher's weights
+        self.student_figures: dict[str, Tensor | float] = {}  # of its last turn
         self.strict_loading = False  # on_load_checkpoint has compared the names
         self.backbone: S3DiT = None  # type: ignore[assignment]  # configure_model makes it, on the trainer's terms
         self.roles: Roles = None  # type: ignore[assignment]
@@ -224,7 +235,7 @@ class DMDRModule(LightningModule):
                 )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """What checkpoints hold: `backbone.…`, what the student has learnt, and `fake_score.…`; nothing that is frozen."""
+        """What checkpoints hold: `backbone.…`, what the student has learnt, and `fake_score.…`; nothing frozen."""
         if self.roles is None:
             return super().state_dict(*args, **kwargs)
         student = {f"backbone.{name}": weight for name, weight in self.roles.kept("student").items()}
@@ -273,6 +284,12 @@ class DMDRModule(LightningModule):
         self.text_encoder.to(device)
         self.codec.to(device)
 
+    def on_train_start(self) -> None:
+        if self.reward is not None:
+            rewards = RewardSet.of_run(self.trainer)
+            rewards.forget_after(self.trainer.global_step)
+            self.reward_term = RewardTerm(self.reward, rewards, self.codec)
+
     # --------------------------------------------------------------------------------------------------- iterations
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -284,18 +301,22 @@ class DMDRModule(LightningModule):
                 generated = self.generate(batch, step)
         loss = self.fake_turn(generated, step)
         counts = {"train/student_step": float(self.student_step), "train/fake_step": float(self.fake_step)}
-        self.log_dict(self.student_figures | counts, batch_size=len(batch["captions"]))
+        self.log_dict({**self.student_figures, **counts}, batch_size=len(batch["captions"]))
         return {"loss": loss}
 
     def student_turn(self, batch: dict[str, Any], step: int) -> Generated:
         """One step of the student, and the batch that it was made with."""
+        if self.reward and self.reward.form == "advantage" and self.is_rewarded():
+            batch = repeated(batch, self.reward.group_size)
         generated = self.generate(batch, step)
         losses, figures = self.student_losses(generated, batch, step)
         loss = losses.mean()
         self.back_propagate(loss)
         norm = self.take_step("student")
-        figures |= {"student_loss": loss, "student_gradient_norm": norm, **self.moments("student", generated.clean)}
+        figures |= {"student_loss": loss, "student_gradient_norm": norm, **moments("student", generated.clean)}
         self.student_figures = {f"train/{name}": value.detach() for name, value in figures.items()}
+        if self.reward_term is not None:
+            self.student_figures |= self.reward_term.figures
         return generated
 
     def fake_turn(self, generated: Generated, step: int) -> Tensor:
@@ -365,25 +386,90 @@ class DMDRModule(LightningModule):
         self, generated: Generated, batch: dict[str, Any], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Per-sample losses of the student, (B,), and figures for the curves."""
-        clean = generated.clean
-        terms = self.terms(generated, step)
-        losses = sum(
-            (distillation.pseudo_loss(clean, direction) for direction in terms.directions),
-            torch.zeros((), device=self.device),
-        )
+        clean, terms = generated.clean, self.terms(generated, step)
+        losses = distillation.pseudo_loss(clean, terms.matching)
         figures = {"gap": terms.gap.mean()}
         if terms.cosine is not None:
             figures["cos_dm_ca"] = terms.cosine.mean()
+        advantages = torch.ones_like(losses)
+        if self.reward is not None and self.is_rewarded():
+            if self.reward.form == "advantage":
+                advantages = self.reward.weight * self.rewarded.advantages(clean, batch, step)
+            else:
+                reward_losses = self.reward_losses(generated, batch, step)
+                losses, figures["reward_loss"] = losses + reward_losses.mean(), reward_losses.mean()
+        if terms.guidance is not None:
+            losses = losses + advantages * distillation.pseudo_loss(clean, terms.guidance)
         data = self.data_latents(batch)
         if data is not None:
-            figures |= self.moments("data", data)
-        if self.objective.mean_variance:
-            if data is None:
-                raise UserError("objective.mean_variance needs data with pictures: name such data, or set it to 0.")
+            figures |= moments("data", data)
+        return losses + self.data_losses(generated, data, step), figures
+
+    def data_losses(self, generated: Generated, data: list[Tensor] | None, step: int) -> Tensor:
+        """What the student learns from the data's own pictures, (B,)."""
+        settings, losses = self.objective, torch.zeros(len(generated.clean), device=self.device)
+        if data is None and (settings.mean_variance or settings.data):
+            raise UserError(
+                "model.init_args.objective.mean_variance and objective.data need data with pictures: name such data, "
+                "or set them to 0."
+            )
+        if data is not None and settings.mean_variance:
             flat = torch.cat([x.flatten(1) for x in data], dim=1)
-            matched = distillation.mean_variance_loss(clean, flat.mean(1), flat.std(1))
-            losses = losses + self.objective.mean_variance * matched
-        return losses, figures
+            matched = distillation.mean_variance_loss(generated.clean, flat.mean(1), flat.std(1))
+            losses = losses + settings.mean_variance * matched
+        if data is not None and settings.data:
+            law = TimestepLaw("grid", shift=self.rollout.shift, num_inference_steps=self.rollout.num_inference_steps)
+            draw = generator(self.seed, "train/data/times", step, self.global_rank)
+            t = law.sample([1] * len(data), draw).to(self.device)
+            noise = self.noise([tuple(x.shape) for x in data], "data/noise", step)
+            predicted = self.backbone(flow_matching.interpolate(noise, data, t), t, generated.features)
+            target = flow_matching.target_velocity(noise, data)
+            losses = losses + settings.data * flow_matching.loss(predicted, target)
+        return losses
+
+    # --------------------------------------------------------------------------------------------------- rewards
+
+    def is_rewarded(self) -> bool:
+        """Whether the student has come to where rewards join."""
+        return self.reward is not None and self.student_step >= self.reward.start_step
+
+    @property
+    def rewarded(self) -> RewardTerm:
+        assert self.reward_term is not None
+        return self.reward_term
+
+    def reward_losses(self, generated: Generated, batch: dict[str, Any], step: int) -> Tensor:
+        """Minus what rewards give for the student's samples (backprop), or for roll-outs of its own (grpo)."""
+        settings = self.rewarded.settings
+        if settings.form == "grpo":
+            return settings.weight * self.policy_losses(batch, settings, step)
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it without declaring
+        due = bool(every) and (step + 1) % every == 0
+        return -settings.weight * self.rewarded.value(generated.clean, batch, step, log_all=due)
+
+    def policy_losses(self, batch: dict[str, Any], settings: RewardSettings, step: int) -> Tensor:
+        """Roll out groups with noise, score what comes out, and learn from some of the stochastic steps."""
+        batch = repeated(batch, settings.group_size)
+        features = self.encode_captions(batch)
+        grid = sigmas(self.rollout.num_inference_steps, self.rollout.shift)
+        eta = settings.eta if self.rollout.sampler == "euler" else 1.0
+        shapes = self.shapes(batch)
+        states = [self.noise(shapes, "policy/noise", step)]
+        with torch.no_grad():
+            velocity = guided_velocity(self.backbone, features, None, guidance_scale=1.0)
+            SOLVERS["cps"](
+                velocity, states[0], grid, lambda _, latents: states.append(latents), eta=eta,
+                fresh_noise=lambda number: self.noise(shapes, f"policy/{number}", step),
+            )  # fmt: skip
+        advantages = self.rewarded.advantages(states[-1], batch, step)
+        order = torch.randperm(len(grid) - 2, generator=generator(self.seed, "train/policy/steps", step))
+        velocities: dict[int, list[Tensor]] = {}
+        for number in order[: settings.policy_steps].tolist():
+            t = torch.full((len(shapes),), 1 - float(grid[number]), device=self.device)
+            velocities[number] = self.backbone(states[number], t, features)
+        return policy_losses(states, velocities, grid, eta, advantages)
+
+    # --------------------------------------------------------------------------------------------------- the two terms
 
     @torch.no_grad()
     def terms(self, generated: Generated, step: int) -> Terms:
@@ -399,17 +485,17 @@ class DMDRModule(LightningModule):
         if not guides:
             teacher = self.seen_by("teacher", noisy, t, features)
             dm = distillation.dm_direction(clean, teacher, fake, settings.clamp)
-            return Terms([dm], distillation.gap(clean, teacher, fake), None)
+            return Terms(dm, None, distillation.gap(clean, teacher, fake), None)
         teacher, conditional, unconditional = self.seen_by_teacher(noisy, t, noisy_ca, t_ca, features)
         pairs = zip(conditional, unconditional, t_ca.tolist(), strict=True)
         unconditional = [c if time < settings.cfg_start else u for c, u, time in pairs]
         dm = distillation.dm_direction(clean, teacher, fake, settings.clamp)
         ca = distillation.ca_direction(clean, conditional, unconditional, settings.guidance_scale, settings.clamp)
-        together = [dm, ca]
-        if settings.name == "coupled":
-            target = guided(conditional, unconditional, settings.guidance_scale)
-            together = [distillation.dm_direction(clean, target, fake, settings.clamp)]
-        return Terms(together, distillation.gap(clean, teacher, fake), distillation.cosine(dm, ca))
+        figures = distillation.gap(clean, teacher, fake), distillation.cosine(dm, ca)
+        if settings.name == "decoupled":
+            return Terms(dm, ca, *figures)
+        target = guided(conditional, unconditional, settings.guidance_scale)
+        return Terms(distillation.dm_direction(clean, target, fake, settings.clamp), None, *figures)
 
     def seen_by(self, role: str, latents: list[Tensor], t: Tensor, features: list[Tensor]) -> list[Tensor]:
         """The clean samples that a role sees in noisy ones."""
@@ -487,10 +573,6 @@ class DMDRModule(LightningModule):
             return batch["image_latents"]
         return encode_images(self.codec, batch["images"], self.device) if "images" in batch else None
 
-    def moments(self, name: str, latents: list[Tensor]) -> dict[str, Tensor]:
-        flat = torch.cat([x.detach().float().flatten() for x in latents])
-        return {f"{name}_mean": flat.mean(), f"{name}_std": flat.std()}
-
     # --------------------------------------------------------------------------------------------------- optimisers
 
     def iterations(self) -> int:
@@ -516,3 +598,9 @@ class DMDRModule(LightningModule):
             optimizer = build_optimizer(self.roles.trained(role), settings, self.seed)
             configured.append({"optimizer": optimizer, "lr_scheduler": LearningRate(optimizer, steps, settings)})
         return configured
+
+
+def moments(name: str, latents: list[Tensor]) -> dict[str, Tensor]:
+    """Mean and standard deviation of all elements of a batch."""
+    flat = torch.cat([x.detach().float().flatten() for x in latents])
+    return {f"{name}_mean": flat.mean(), f"{name}_std": flat.std()}

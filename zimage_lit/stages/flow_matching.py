@@ -80,7 +80,7 @@ class FlowMatchingModule(LightningModule):
         if self.device_mesh is not None:
             self.check_can_be_sharded()
         adapters = {TRAINED: self.lora} if self.lora else {}
-        self.backbone = stage_backbone(self, self.init_from, adapters, self.lora and self.lora.frozen_dtype)
+        self.backbone = stage_backbone(self, self.init_from, adapters, self.lora.frozen_dtype if self.lora else None)
         if self.lora:
             self.lora_base = base_fingerprint(base_weights(self.backbone))
 

@@ -93,9 +93,10 @@ class OptimizerSettings:
 def build_optimizer(
     model: nn.Module | Mapping[str, nn.Parameter], settings: OptimizerSettings, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """The optimiser over the trainable parameters of `model`, or over parameters by name.   seed: of stochastic rounding.
+    """The optimiser over the trainable parameters of `model`, or over parameters given by name.
 
-    Every group of its parameters is marked with the `kind` of the settings, by which a checkpoint is recognised.
+    seed: of stochastic rounding. Every group of its parameters is marked with the `kind` of the settings, by which a
+    checkpoint is recognised.
     Raises UserError for a group of the settings that matches nothing, and stochastic rounding of other weights than
     bfloat16 ones.
     """
