@@ -1,12 +1,38 @@
 """Distillation: who learns when, from what, and that an interrupted run goes on exactly."""
 
+import math
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+import lightning
+import numpy as np
 import pytest
-from distillation import LAYOUTS, SIZES, fit, same, stage, write_teacher
+import torch
+from distillation import LAYOUTS, SAMPLES, SIZES, Codec, Encoder, Stage, batch_of, fit, same, stage, write_teacher
+from variants import PROMPTS, write_pipeline
 
+from zimage_lit.backbone.parallelize import ParallelizeSettings
+from zimage_lit.callbacks.checkpoint import RunCheckpoint
+from zimage_lit.callbacks.ema import EMA
+from zimage_lit.callbacks.export import PipelineExport
+from zimage_lit.callbacks.guards import StepGuard
+from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures
+from zimage_lit.config import compose
+from zimage_lit.errors import UserError
+from zimage_lit.lora import LoRASettings, MergedWeights, adapters_of
+from zimage_lit.objectives.distillation import pseudo_loss
+from zimage_lit.objectives.timesteps import RenoiseLaw
+from zimage_lit.pipeline import ZImagePipeline
+from zimage_lit.rewards import RewardCallback
 from zimage_lit.run_folder import last_checkpoint
+from zimage_lit.sampling import sigmas
+from zimage_lit.stages import DMDRModule
+from zimage_lit.stages.dmdr import DynamicGuidanceSettings, ObjectiveSettings, RolloutSettings
 from zimage_lit.stages.initial_weights import backbone_config, build_backbone, open_weights, read_checkpoint
+from zimage_lit.stages.optimizers import OptimizerSettings
+from zimage_lit.stages.reward_terms import RewardSettings, policy_losses, repeated
+from zimage_lit.validate import check_config
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +213,6 @@ def test_the_student_goes_where_it_is_sent_and_the_fake_score_learns_it(teacher,
     first = []
     original = trained.fake_turn
     trained.fake_turn = lambda *a: first.append(float(original(*a))) or torch.tensor(first[-1])
-    trained.train_batch = None
     fit(trained, tmp_path / "b", 25)
     trained.ids = list(range(SAMPLES))
     moved = [b - a for a, b in zip(generated.clean, trained.generate(batch_of(range(SAMPLES)), 0).clean, strict=True)]
