@@ -17,7 +17,8 @@ from zimage_lit.lora import LoRASettings
 from zimage_lit.objectives.timesteps import RenoiseLaw
 from zimage_lit.rng import generator
 from zimage_lit.stages import DMDRModule
-from zimage_lit.stages.dmdr import Generated, ObjectiveSettings, RolloutSettings
+from zimage_lit.stages.distillation_settings import ObjectiveSettings, RolloutSettings
+from zimage_lit.stages.dmdr import Generated
 from zimage_lit.stages.initial_weights import backbone_config, build_backbone
 from zimage_lit.stages.optimizers import OptimizerSettings
 

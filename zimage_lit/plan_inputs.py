@@ -79,6 +79,12 @@ def read_training(config: Mapping[str, Any], devices: int | None = None, caption
     trainer, model, data = config["trainer"], arguments(config["model"]), config["data"]
     if "backbone" not in model:
         raise UserError(f"{config['model']['class_path']} has no model.init_args.backbone: there is nothing to plan.")
+    if class_name(config["model"]) == "DMDRModule":
+        raise UserError(
+            "plan knows stages that train one network, and a DMDRModule has up to three: with the student's average "
+            "they take 38 bytes a parameter in layout=copies, 22 in fake_lora and 2 in adapters (with "
+            "frozen_dtype=bfloat16), over all GPUs and before activations."
+        )
     if model["backbone"] == NOT_GIVEN:
         raise UserError(
             "the backbone's sizes are those of a folder that is not given: name it, or plan with "

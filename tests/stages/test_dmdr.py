@@ -28,7 +28,7 @@ from zimage_lit.rewards import RewardCallback
 from zimage_lit.run_folder import last_checkpoint
 from zimage_lit.sampling import sigmas
 from zimage_lit.stages import DMDRModule
-from zimage_lit.stages.dmdr import DynamicGuidanceSettings, ObjectiveSettings, RolloutSettings
+from zimage_lit.stages.distillation_settings import DynamicGuidanceSettings, ObjectiveSettings, RolloutSettings
 from zimage_lit.stages.initial_weights import backbone_config, build_backbone, open_weights, read_checkpoint
 from zimage_lit.stages.optimizers import OptimizerSettings
 from zimage_lit.stages.reward_terms import RewardSettings, policy_losses, repeated
@@ -129,7 +129,7 @@ def test_the_roll_out_is_the_serving_path_up_to_its_last_forward(teacher, tmp_pa
     module = ready(teacher, "copies", tmp_path, rollout=RolloutSettings(4, shift=2.0, sampler=sampler))
     batch = batch_of(range(SAMPLES))
     grid, seen = sigmas(4, 2.0).tolist(), set()
-    for step in range(8):
+    for step in range(12):
         generated = module.generate(batch, step)
         x = module.noise(module.shapes(batch), "noise", step)
         for number, (sigma, after) in enumerate(pairwise(grid[: generated.step_index + 1])):
@@ -193,35 +193,35 @@ def test_without_guidance_the_teacher_is_not_asked_without_captions(teacher, tmp
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_student_goes_where_it_is_sent_and_the_fake_score_learns_it(teacher, tmp_path, layout):
-    fast = OptimizerSettings(lr=3e-3, betas=(0.0, 0.99))
-    objective = ObjectiveSettings("coupled", guidance_scale=6.0)
-    module = ready(teacher, layout, tmp_path / "a", objective=objective)
-    generated = module.generate(batch_of(range(SAMPLES)), 0)
-    directions = module.terms(generated, 0).matching
+def test_a_step_of_the_student_takes_its_samples_where_they_are_sent(teacher, tmp_path, layout):
+    class Kept(Stage):
+        def terms(self, generated, step):
+            self.before, self.sent = [x.detach() for x in generated.clean], super().terms(generated, step)
+            return self.sent
 
-    class Same(Stage):  # the first iteration again and again
+    module = stage(teacher, layout, ratio=1, student_optimizer=OptimizerSettings(lr=1e-3, betas=(0.0, 0.99)))
+    module.__class__ = Kept
+    fit(module, tmp_path, 1)
+    with torch.no_grad():
+        after = module.generate(batch_of(range(SAMPLES)), 0).clean
+    moved = torch.cat([(b - a).flatten() for a, b in zip(module.before, after, strict=True)])
+    sent = -torch.cat([(a + b).flatten() for a, b in zip(module.sent.matching, module.sent.guidance, strict=True)])
+    assert torch.nn.functional.cosine_similarity(moved, sent, dim=0) > 0.1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_fake_score_learns_the_students_samples(teacher, tmp_path, layout):
+    class Same(Stage):  # the first batch again and again
         def training_step(self, batch, batch_idx):
-            self.ids = batch["ids"]
-            self.student_turn(batch_of(range(SAMPLES)), 0)
             self.ids = list(range(SAMPLES))
-            return {"loss": self.fake_turn(self.generate(batch_of(range(SAMPLES)), 0), 0)}
+            losses.append(float(self.fake_turn(self.generate(batch_of(range(SAMPLES)), 0), 0)))
+            return {"loss": torch.tensor(losses[-1])}
 
-    trained = stage(teacher, layout, objective=objective, student_optimizer=fast, fake_optimizer=fast, ratio=1)
-    trained.__class__ = Same
-    trained.ids = list(range(SAMPLES))
-    first = []
-    original = trained.fake_turn
-    trained.fake_turn = lambda *a: first.append(float(original(*a))) or torch.tensor(first[-1])
-    fit(trained, tmp_path / "b", 25)
-    trained.ids = list(range(SAMPLES))
-    moved = [b - a for a, b in zip(generated.clean, trained.generate(batch_of(range(SAMPLES)), 0).clean, strict=True)]
-    cosines = [
-        torch.nn.functional.cosine_similarity(step.flatten(), -direction.flatten(), dim=0)
-        for step, direction in zip(moved, directions, strict=True)
-    ]
-    assert sum(cosines) / len(cosines) > 0.2
-    assert sum(first[-5:]) < 0.97 * sum(first[:5])
+    losses: list[float] = []
+    module = stage(teacher, layout, fake_optimizer=OptimizerSettings(lr=3e-3, betas=(0.0, 0.99)))
+    module.__class__ = Same
+    fit(module, tmp_path, 20)
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
 def test_the_fake_score_takes_a_share_of_the_student(teacher, tmp_path):
@@ -335,15 +335,13 @@ def test_rewards_are_followed(teacher, tmp_path, form):
             terms = super().terms(generated, step)
             return replace(terms, matching=[x * 0 for x in terms.matching], guidance=None)
 
-    weight = {"backprop": 1.0, "grpo": 1.0}[form]
-    module = rewarded(teacher, form, weight=weight, group_size=8)
+    module = rewarded(teacher, form, group_size=8)
     module.__class__ = RewardOnly
     scores = []
     log = module.log_dict
     module.log_dict = lambda values, **more: scores.append(float(values["reward/red"])) or log(values, **more)
     fit(module, tmp_path, 40, callbacks=[Red(), Number(held_out=True)], log_every_n_steps=1)
-    spread = 0.05 if form == "backprop" else 5
-    assert sum(scores[-8:]) / 8 > sum(scores[:8]) / 8 + spread
+    assert sum(scores[-8:]) / 8 > sum(scores[:8]) / 8 + 0.3
     assert "reward/number" in module.student_figures  # logged, though it never weighs
 
 
@@ -446,7 +444,7 @@ def test_settings_that_make_no_sense_are_refused(settings):
 def test_a_run_goes_on_with_its_own_layout_and_teacher_alone(teacher, tmp_path):
     fit(stage(teacher, "fake_lora"), tmp_path / "run", 2)
     last = last_checkpoint(tmp_path / "run")
-    with pytest.raises(UserError, match="was trained with model.init_args.layout=fake_lora"):
+    with pytest.raises(UserError, match=r"was trained with .*layout=fake_lora"):
         fit(stage(teacher, "copies"), tmp_path / "other", 4, resume=last)
     with pytest.raises(UserError, match="another teacher"):
         fit(stage(write_teacher(tmp_path / "transformer", seed=8), "fake_lora"), tmp_path / "other", 4, resume=last)

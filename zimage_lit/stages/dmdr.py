@@ -7,7 +7,7 @@ Sources: DMD2 (arXiv 2405.14867), Decoupled DMD (arXiv 2511.22677), DMDR (arXiv 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,14 +19,15 @@ from zimage_lit.backbone import S3DiT
 from zimage_lit.backbone.parallelize import ParallelizeSettings, local
 from zimage_lit.components import LatentCodec, TextEncoder
 from zimage_lit.errors import UserError, at_least_one
-from zimage_lit.lora import LoRASettings, base_fingerprint, check_adapter_types
+from zimage_lit.lora import LoRASettings, base_fingerprint, base_weights, check_adapter_types
 from zimage_lit.objectives import distillation, flow_matching
 from zimage_lit.objectives.timesteps import RenoiseLaw, TimestepLaw, dynamic_teacher_scale
 from zimage_lit.rewards import RewardSet
 from zimage_lit.rng import generator
-from zimage_lit.sampling import check_schedule, sigmas
-from zimage_lit.sampling.guidance import check_guidance, guided, guided_velocity
+from zimage_lit.sampling import sigmas
+from zimage_lit.sampling.guidance import guided, guided_velocity
 from zimage_lit.sampling.solvers import SOLVERS
+from zimage_lit.stages.distillation_settings import DynamicGuidanceSettings, ObjectiveSettings, RolloutSettings
 from zimage_lit.stages.frozen_parts import check_encoded_by, encode_images
 from zimage_lit.stages.initial_weights import backbone_config, check_weights
 from zimage_lit.stages.optimizers import LearningRate, OptimizerSettings, build_optimizer, kind_of_states
@@ -34,68 +35,6 @@ from zimage_lit.stages.reward_terms import RewardSettings, RewardTerm, check_rew
 from zimage_lit.stages.roles import FAKE, Layout, Roles, check_layout, continue_from, make_networks
 
 ROLES = ("student", FAKE)  # those that are trained, in the order of their optimisers
-
-
-@dataclass
-class RolloutSettings:
-    """How the student will be served, and is therefore asked in training."""
-
-    num_inference_steps: int = 8  # network evaluations of a picture
-    shift: float = 3.0  # more of the steps at high noise; static
-    sampler: Literal["euler", "renoise"] = "euler"  # renoise: the clean sample of a step, noised anew for the next one
-
-    def __post_init__(self) -> None:
-        check_schedule(self.num_inference_steps, self.shift)
-        if self.sampler not in ("euler", "renoise"):
-            raise UserError(f"model.init_args.rollout.sampler must be euler or renoise, not {self.sampler}.")
-
-
-@dataclass
-class ObjectiveSettings:
-    """What pulls the student towards the guided teacher.
-
-    coupled: one term, as in DMD2. decoupled: distribution matching and guidance as two, each with times and noise of
-    its own; its guidance acts more strongly at the same scale, so the scale has to be found anew.
-    """
-
-    name: Literal["decoupled", "coupled"] = "decoupled"
-    guidance_scale: float = 4.0  # the teacher's; 1 = none
-    cfg_start: float = 0.0  # no guidance at noise of an earlier t (0 = noise, 1 = clean)
-    clamp: float = 0.1  # least distance by which a term is divided
-    matching: RenoiseLaw = field(default_factory=RenoiseLaw)  # noise at which student and teacher are compared
-    guidance: RenoiseLaw | None = None  # decoupled: noise at which guidance acts; null: cleaner than the student's step
-    fake: RenoiseLaw = field(default_factory=RenoiseLaw)  # noise at which the fake score learns
-    mean_variance: float = 0.0  # weight of matching mean and variance of the data's latents; 0 = none
-    data: float = 0.0  # weight of the velocity's loss on the data's pictures, at the times of the rollout; 0 = none
-    ida: float | None = None  # share of its weights that the fake score keeps, the rest is the student's; null: all
-
-    def __post_init__(self) -> None:
-        key = "model.init_args.objective"
-        check_guidance(self.guidance_scale, cfg_start=self.cfg_start)
-        if self.name not in ("decoupled", "coupled"):
-            raise UserError(f"{key}.name must be decoupled or coupled, not {self.name}.")
-        if self.name == "coupled" and self.guidance is not None:
-            raise UserError(f"{key}.guidance is of name=decoupled alone: set it to null, or change the name.")
-        if not self.clamp > 0:
-            raise UserError(f"{key}.clamp must be more than 0, not {self.clamp}.")
-        for name in ("mean_variance", "data"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{key}.{name} must be 0 or more, not {getattr(self, name)}.")
-        if self.ida is not None and not 0 <= self.ida <= 1:
-            raise UserError(f"{key}.ida must lie in [0, 1] or be null, not {self.ida}.")
-
-
-@dataclass
-class DynamicGuidanceSettings:
-    """DynaDG: at first the teacher takes over a share of what the fake score has learnt, and so is near the student."""
-
-    start: float = 0.375  # that share at first; the authors' LoRA scale of 0.75, where the fake score's is 2
-    steps: int = 10000  # of the student, until none is left
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start <= 1:
-            raise UserError(f"model.init_args.dynamic_guidance.start must lie in [0, 1], not {self.start}.")
-        at_least_one("model.init_args.dynamic_guidance.steps", self.steps)
 
 
 @dataclass
@@ -190,7 +129,7 @@ class DMDRModule(LightningModule):
         self.seed = seed
         self.parallelize = parallelize or ParallelizeSettings()
         self.steps = dict.fromkeys(ROLES, 0)
-        self.frozen = ""  # fingerprint of the teacher's weights
+        self.frozen = ""  # fingerprint of the teacher's weights, where there are any
         self.student_figures: dict[str, Tensor | float] = {}  # of its last turn
         self.strict_loading = False  # on_load_checkpoint has compared the names
         self.backbone: S3DiT = None  # type: ignore[assignment]  # configure_model makes it, on the trainer's terms
@@ -215,12 +154,13 @@ class DMDRModule(LightningModule):
         networks = make_networks(self)
         for name, network in networks.items():
             setattr(self, name, network)
+        if trains or self.layout == "adapters":
+            self.frozen = base_fingerprint(base_weights(networks.get("teacher", networks.get(FAKE, self.backbone))))
         if trains:
             fake = networks.get(FAKE, self.backbone)
             self.roles = Roles(self.layout, self.backbone, fake, networks.get("teacher", fake))
             if self.student_init_from:
                 continue_from(self.roles, self.student_init_from)
-            self.frozen = base_fingerprint(self.roles.frozen())
 
     def check_can_train(self) -> None:
         """UserError for settings with which nothing can be distilled."""
@@ -270,11 +210,20 @@ class DMDRModule(LightningModule):
 
     def check_base(self, checkpoint: dict[str, Any]) -> None:
         """UserError where a checkpoint was trained beside other frozen weights than those here."""
-        if self.roles is not None and checkpoint.get("frozen") != self.frozen:
+        if self.frozen and checkpoint.get("frozen") != self.frozen:
             raise UserError(
                 f"the checkpoint was trained with another teacher than init_from={self.init_from}: put the right one "
                 "back there, or name it."
             )
+
+    def configure_callbacks(self) -> list[Any]:
+        """None of its own; the first moment at which settings of the trainer can be looked at."""
+        if self.trainer.gradient_clip_val or self.trainer.accumulate_grad_batches != 1:
+            raise UserError(
+                "DMDRModule takes the steps of its roles by itself: set trainer.gradient_clip_val to null (there is "
+                "model.init_args.gradient_clip_val) and trainer.accumulate_grad_batches to 1."
+            )
+        return []
 
     def setup(self, stage: str) -> None:
         if str(self.trainer.precision) == "16-mixed":  # its scaled gradients would be clipped as if they were not
