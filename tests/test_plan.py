@@ -87,6 +87,8 @@ def test_help_and_settings_of_the_task_name_the_experiment_first(capsys: pytest.
 def test_what_an_experiment_leaves_open_may_stay_open_but_not_the_sizes(capsys: pytest.CaptureFixture) -> None:
     code, printed = plan(capsys, "finetune")
     assert code == 2 and "model.init_args.backbone=z-image-6b" in printed
+    code, printed = plan(capsys, "z-image-6b/decoupled_dmd")
+    assert code == 2 and "plan knows stages that train one network" in printed
     code, printed = plan(capsys, *FINETUNE, "data.init_args.sizes=null")
     assert code == 2 and "data.init_args.sizes.resolution" in printed
 

@@ -52,6 +52,13 @@ OWN = {
     "sft": [NOT_COMPILED, "data.init_args.sizes.max_resolution=128", "data.init_args.balance.min_samples=2"],
     "finetune": [NOT_COMPILED, "data.init_args.sizes.resolution=96"],
     "lora": [NOT_COMPILED, "data.init_args.sizes.resolution=64"],
+    "decoupled_dmd": [NOT_COMPILED, "data.init_args.sizes.resolution=64", "model.init_args.ratio=1"],
+    "dmdr": [
+        NOT_COMPILED,
+        "data.init_args.sizes.resolution=64",
+        "model.init_args.ratio=1",
+        "trainer.callbacks.pickscore={class_path: zimage_lit.rewards.controls.JPEGSize}",
+    ],
 }
 
 
@@ -154,6 +161,15 @@ def test_a_small_twin_goes_through_the_curriculum(workplace: Path) -> None:
 def test_a_small_twin_is_fine_tuned(workplace: Path, stage: str) -> None:
     assert run(workplace, stage) == 0
     check_finished(workplace, stage)
+
+
+def test_a_small_twin_is_distilled_and_follows_a_reward(workplace: Path) -> None:
+    for stage in ("decoupled_dmd", "dmdr"):
+        assert run(workplace, stage) == 0
+        check_finished(workplace, stage)
+    pipeline = ZImagePipeline.from_pretrained(workplace / "outputs/z-image-6b/dmdr/pipeline")
+    defaults = pipeline.defaults
+    assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.shift) == (1, 1.0, 3.0)
 
 
 def test_a_lora_is_handed_out_for_others_tools(workplace: Path) -> None:

@@ -110,10 +110,10 @@ Adapters = dict[str, Adapter]  # by the published name of the module
 
 
 @contextmanager
-def type_of_base(settings: LoRASettings | None) -> Iterator[None]:
-    """Inside, a backbone is made (or read from disk) in the type that its frozen weights shall have."""
+def type_of_base(dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, a backbone is made (or read from disk) in the type that its frozen weights shall have; None: as usual."""
     usual = torch.get_default_dtype()
-    torch.set_default_dtype((settings and settings.frozen_dtype) or usual)
+    torch.set_default_dtype(dtype or usual)
     try:
         yield
     finally:
@@ -233,6 +233,42 @@ def adapter_names(backbone: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for layer in lora_layers(backbone).values() for name in layer.lora_A))
 
 
+def share_backbone(backbone: nn.Module, active: str) -> None:
+    """Let all adapters of a backbone be trained, whichever is active; peft freezes those that are not. From now on a
+    forward has the adapter `active` alone, inside of `with_adapters` others."""
+    for layer in lora_layers(backbone).values():
+        layer._active_adapter = [active]
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+
+
+@contextmanager
+def with_adapters(backbone: nn.Module, *names: str, scale: float = 1.0) -> Iterator[None]:
+    """Inside, a forward adds the adapters `names` alone, times `scale`; without any it is that of the frozen base.
+
+    A backward through such a forward has to begin inside as well, for checkpointed blocks compute it once more then.
+    peft's own `set_adapter` would also freeze what is not active: with that, shards that have been grouped by what is
+    trained, and gradients that another adapter has just got, would change their meaning.
+    """
+    layers = list(lora_layers(backbone).values())
+    before = [(layer._active_adapter, dict(layer.scaling)) for layer in layers]
+    for layer in layers:
+        layer._active_adapter = list(names)
+        layer.scaling.update({name: layer.scaling[name] * scale for name in names if name in layer.scaling})
+    try:
+        yield
+    finally:
+        for layer, (active, scaling) in zip(layers, before, strict=True):
+            layer._active_adapter = active
+            layer.scaling.update(scaling)
+
+
+def active_adapters(backbone: nn.Module) -> list[str]:
+    """The names of the adapters that a forward adds, in the order in which they came."""
+    active = {name for layer in lora_layers(backbone).values() for name in layer.active_adapters}
+    return [name for name in adapter_names(backbone) if name in active]
+
+
 def _whole(weight: Tensor) -> Tensor:
     weight = weight.detach()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
@@ -262,10 +298,19 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def kept_weights(backbone: nn.Module) -> dict[str, Tensor]:
-    """What changes in training and is kept in checkpoints: the adapters where there are any, else all weights."""
+def adapter_of(name: str) -> str | None:
+    """The adapter to which the tensor of this name belongs; None: it is not of an adapter."""
+    found = re.search(r"\.lora_\w+\.(\w+)\.", name)
+    return found and found[1]
+
+
+def kept_weights(backbone: nn.Module, adapter: str = TRAINED) -> dict[str, Tensor]:
+    """What changes in training and is kept in checkpoints: the adapters of that name, all weights of a backbone
+    without any adapters."""
     weights: dict[str, Tensor] = backbone.state_dict()
-    return {name: weight for name, weight in weights.items() if is_adapter(name)} or weights
+    if not any(map(is_adapter, weights)):
+        return weights
+    return {name: weight for name, weight in weights.items() if adapter_of(name) == adapter}
 
 
 def base_weights(backbone: nn.Module) -> dict[str, Tensor]:
@@ -275,9 +320,9 @@ def base_weights(backbone: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_weights(backbone: nn.Module) -> Mapping[str, Tensor]:
-    """Published name -> weight, the effect of all adapters merged in; merged one at a time, when it is asked for."""
+    """Published name -> weight, the effect of the active adapters merged in; one at a time, when it is asked for."""
     weights: Mapping[str, Tensor] = base_weights(backbone)
-    for name in adapter_names(backbone):
+    for name in active_adapters(backbone):
         weights = MergedWeights(weights, adapters_of(backbone, name))
     return weights
 

@@ -680,7 +680,7 @@ def build_stage(settings: dict[str, Any]) -> Any:
 
     arguments = dict(settings.get("init_args", {}))
     if not arguments.get("lora"):
-        arguments["init_from"] = None
+        arguments |= {key: None for key in ("init_from", "student_init_from") if key in arguments}
     fresh = {**settings, "init_args": arguments}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "model")

@@ -79,6 +79,12 @@ def read_training(config: Mapping[str, Any], devices: int | None = None, caption
     trainer, model, data = config["trainer"], arguments(config["model"]), config["data"]
     if "backbone" not in model:
         raise UserError(f"{config['model']['class_path']} has no model.init_args.backbone: there is nothing to plan.")
+    if class_name(config["model"]) == "DMDRModule":
+        raise UserError(
+            "plan knows stages that train one network, and a DMDRModule has up to three: with the student's average "
+            "they take 38 bytes a parameter in layout=copies, 22 in fake_lora and 2 in adapters (with "
+            "frozen_dtype=bfloat16), over all GPUs and before activations."
+        )
     if model["backbone"] == NOT_GIVEN:
         raise UserError(
             "the backbone's sizes are those of a folder that is not given: name it, or plan with "
@@ -124,7 +130,7 @@ def read_training(config: Mapping[str, Any], devices: int | None = None, caption
 
 def meta_backbone(settings: Any, lora: LoRASettings | None, precision: str) -> S3DiT:
     """The backbone as the stage will train it, without values."""
-    with torch.device("meta"), type_of_base(lora):
+    with torch.device("meta"), type_of_base(lora.frozen_dtype if lora else None):
         backbone = S3DiT(backbone_config(settings))
     if precision == "bf16-true":
         backbone.to(torch.bfloat16)

@@ -81,6 +81,11 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Each rank's share, by the stage's own names; torch would ask for parameters of these names."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write the folder `filepath`, which must not exist; OSError on every rank where any rank fails."""
         path = Path(self.broadcast(filepath))

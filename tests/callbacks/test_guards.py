@@ -89,7 +89,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_happened(tmp_path):
     assert torch.equal(ema.average["weight"], twin_ema.average["weight"]) and ema.updates == twin_ema.updates == 7
     state = trainer.optimizers[0].state[module.backbone.weight]
     assert state["step"] == 7 and torch.isfinite(state["exp_avg"]).all()
-    assert trainer.global_step == 8 and guard.skipped == 1 and guard.in_a_row == 0
+    assert trainer.global_step == 8 and guard.skipped == 1 and guard.watch(0).in_a_row == 0
     record = {"step": 3, "event": "skipped", "loss": "nan", "gradient_norm": "nan", "ranks": [0], "ids": ["0/4", "0/5"]}
     assert records(tmp_path) == [record]
 
@@ -127,7 +127,7 @@ def test_too_many_in_a_row_stop_the_run_and_its_checkpoint_is_whole(tmp_path):
 
     again = StepGuard(max_skipped_in_a_row=3)  # continues with the two that the checkpoint knows, and one in a row
     trainer, _ = fit(tmp_path, batches(), again, [RunCheckpoint(every_n_steps=4)], resume=last)
-    assert trainer.global_step == 8 and again.skipped == 2 and again.in_a_row == 0
+    assert trainer.global_step == 8 and again.skipped == 2 and again.watch(0).in_a_row == 0
     assert [record["step"] for record in records(tmp_path)] == [2, 4]  # what had not happened is no longer told
 
 
@@ -177,10 +177,11 @@ def test_spikes_are_written_down_and_their_steps_taken(tmp_path):
 
 def test_the_window_of_losses_survives_a_checkpoint():
     guard, other = StepGuard(spike_window=3), StepGuard(spike_window=3)
-    guard.losses.extend([1.0, 2.0, 3.0, 4.0])
-    guard.skipped, guard.in_a_row, guard.spikes = 7, 2, 5
+    guard.watch(0).losses.extend([1.0, 2.0, 3.0, 4.0])
+    guard.skipped, guard.watch(0).in_a_row, guard.spikes = 7, 2, 5
     other.load_state_dict(guard.state_dict())
-    assert list(other.losses) == [2.0, 3.0, 4.0] and (other.skipped, other.in_a_row, other.spikes) == (7, 2, 5)
+    assert list(other.watch(0).losses) == [2.0, 3.0, 4.0] and other.watch(0).in_a_row == 2
+    assert (other.skipped, other.spikes) == (7, 5)
 
 
 def test_counts_reach_the_loggers(tmp_path):

@@ -12,7 +12,7 @@ from ranks import Ranks
 from zimage_lit.backbone import S3DiT, S3DiTConfig
 from zimage_lit.backbone.flops import TrainingWork, forward_flops
 from zimage_lit.callbacks import throughput
-from zimage_lit.callbacks.throughput import BatchRecord, FetchClock, Throughput, Window
+from zimage_lit.callbacks.throughput import BatchRecord, FetchClock, Forward, Throughput, Window
 from zimage_lit.errors import UserError
 from zimage_lit.hardware import peak_flops
 
@@ -123,14 +123,14 @@ def test_a_module_of_another_kind_has_its_memory_and_waiting_measured(tmp_path):
 def test_waiting_and_pauses_are_taken_apart():
     """Steps of 1 s; the third waits 10 s for its data, the fifth is followed by 20 s of validation."""
     callback = Throughput()
-    callback._work = TrainingWork(S3DiT(CONFIG))
+    work = TrainingWork(S3DiT(CONFIG))
     began, waited = [0.0, 1.0, 2.0, 13.0, 14.0, 35.0, 36.0], [0.0, 0.0, 0.0, 10.0, 10.0, 10.0, 10.0]
-    lengths = (IMAGES, CAPTIONS)
-    callback._records = [BatchRecord(b, w, [lengths]) for b, w in zip(began, waited, strict=True)]
+    forwards = [Forward(work, IMAGES, CAPTIONS, learns=True), Forward(work, IMAGES, CAPTIONS, learns=False)]
+    callback._records = [BatchRecord(b, w, forwards) for b, w in zip(began, waited, strict=True)]
     window = callback.window(torch.device("cpu"))
     assert (window.seconds, window.pauses, window.waited) == (15.0, 21.0, 10.0)
     assert (window.images, window.tokens, window.packed_tokens) == (5 * 2, 5 * REAL, 5 * PACKED)
-    assert window.model_flops == 5 * 3 * forward_flops(CONFIG, IMAGES, CAPTIONS)
+    assert window.model_flops == 5 * (3 + 1) * forward_flops(CONFIG, IMAGES, CAPTIONS)
 
 
 def test_the_clock_measures_fetching_alone_and_the_users_profiler_goes_on(monkeypatch):

@@ -18,6 +18,7 @@ from zimage_lit.errors import UserError
 from zimage_lit.objectives import TimestepLaw
 from zimage_lit.rng import generator
 from zimage_lit.stages import FlowMatchingModule
+from zimage_lit.stages.frozen_parts import encode_images
 from zimage_lit.stages.initial_weights import backbone_config, build_backbone
 from zimage_lit.stages.optimizers import (
     GroupSettings,
@@ -99,7 +100,7 @@ def test_pictures_of_different_sizes_train_in_one_step(parts, batch):
     batch["images"][2] = batch["images"][2].repeat(1, 2, 1)
     batch["images"][5] = batch["images"][5][:, :32, :48].contiguous()
     module = stage(parts)
-    latents = module.encode_images(batch["images"])
+    latents = encode_images(module.codec, batch["images"], module.device)
     assert [tuple(x.shape) for x in latents][2:6] == [(16, 16, 8), (16, 8, 8), (16, 8, 8), (16, 4, 6)]
     assert torch.equal(latents[3], module.codec.encode(batch["images"][3][None].float() / 127.5 - 1)[0])
     assert module.losses(batch, "train", 0).shape == (8,)
@@ -204,8 +205,8 @@ def test_a_checkpoint_of_other_groups_is_named(parts, batch, tmp_path):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_sample_that_is_not_finite_costs_its_step_alone(parts, batch, tmp_path, name):
     """Against a loop written out by hand that leaves that step out; EMA and optimiser included."""
-    good = {"image_latents": stage(parts).encode_images(batch["images"]), "captions": batch["captions"],
-            "ids": list("abcdefgh")}  # fmt: skip
+    latents = encode_images(stage(parts).codec, batch["images"], torch.device("cpu"))
+    good = {"image_latents": latents, "captions": batch["captions"], "ids": list("abcdefgh")}
     bad = {**good, "image_latents": [x * math.nan if i == 3 else x for i, x in enumerate(good["image_latents"])]}
     settings = OptimizerSettings(name=name, lr=1e-3, weight_decay=0.1)
     module, guard, ema = stage(parts, optimizer=settings), StepGuard(), EMA(decay=0.5, warmup=False)

@@ -15,9 +15,10 @@ from zimage_lit.lora import kept_weights
 
 
 class EMA(Callback):
-    """average <- average + (1 - d) * (weights - average) after every optimiser step; kept in the checkpoint.
+    """average <- average + (1 - d) * (weights - average) after every step of the backbone; kept in the checkpoint.
 
-    `pl_module` is any LightningModule with a `backbone`. Of a sharded one each rank averages its own part;
+    `pl_module` is any LightningModule with a `backbone`; where it has other networks as well, and changes the backbone
+    at some of its steps alone, it counts those as `student_step`. Of a sharded one each rank averages its own part;
     of a LoRA the adapters alone are averaged. The average is float32 at least: a thousandth of a step is less than the
     last digit of a bfloat16.
 
@@ -45,14 +46,15 @@ class EMA(Callback):
             average = self.average[name]  # may come from a checkpoint of a single process
             if average.device != weight.device or type(average) is not type(weight):
                 self.average[name] = own_part(weight, average, average_type(weight))
-        self._last_step = trainer.global_step
+        self._last_step = backbone_step(trainer, pl_module)
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step == self._last_step:  # gradients are still being accumulated
+        step = backbone_step(trainer, pl_module)
+        if step == self._last_step:  # gradients are still being accumulated, or another network was trained
             return
-        self._last_step = trainer.global_step
-        if step_was_skipped(trainer):
+        self._last_step = step
+        if not hasattr(pl_module, "student_step") and step_was_skipped(trainer):
             return
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
@@ -82,6 +84,11 @@ class EMA(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates = state_dict["updates"]
         self.average = dict(state_dict["average"])
+
+
+def backbone_step(trainer: Trainer, pl_module: Any) -> int:
+    """How many optimiser steps have changed the backbone; those that were skipped count where the trainer counts."""
+    return int(getattr(pl_module, "student_step", trainer.global_step))
 
 
 def average_type(weight: Tensor) -> torch.dtype:

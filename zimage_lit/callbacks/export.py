@@ -71,7 +71,8 @@ def whole_backbone(pl_module: Any, keep: bool) -> Iterator[None]:
             pl_module.backbone = empty_backbone(sharded.config)
             if getattr(pl_module, "lora", None):
                 apply_lora(pl_module.backbone, pl_module.lora)
-            pl_module.backbone.load_state_dict(weights, assign=True)
+            own = pl_module.backbone.state_dict()  # not the adapters of another network on the same base
+            pl_module.backbone.load_state_dict({name: weights[name] for name in own}, assign=True)
     try:
         yield
     finally:

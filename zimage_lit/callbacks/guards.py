@@ -5,6 +5,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ RECORDS = "guard.jsonl"  # in the run's folder: one line for each step that was 
 SHOWN = 8  # samples that a message names; the file names all
 
 
+@dataclass
+class Watch:
+    """What a guard has seen of one optimiser."""
+
+    losses: deque[float]  # finite ones, means over ranks and accumulated batches
+    in_a_row: int = 0  # steps that were skipped, the last of them now
+
+
 class StepGuard(Callback):
     """Skips an optimiser step whose loss or gradient norm is not a finite number on any rank, on all ranks alike.
 
@@ -33,8 +42,10 @@ class StepGuard(Callback):
     of all batches that the step accumulated, on the ranks whose own loss was at fault (on all, where only the gradient
     was). The counts survive a resume.
 
-    A stage whose class says `hands_over_gradient_norm = True` calls `on_gradient_norm` between its clipping and the
-    step; for any other module the norm is worked out here. Each step waits for the device once, to read loss and norm.
+    A stage with several optimisers has its losses, and what was skipped in a row, judged for each of them by itself;
+    records name it by its place, `optimizer`. A stage whose class says `hands_over_gradient_norm = True` calls
+    `on_gradient_norm` between its clipping and the step; for any other module the norm is worked out here. Each step
+    waits for the device once, to read loss and norm.
     """
 
     def __init__(
@@ -45,8 +56,8 @@ class StepGuard(Callback):
             raise UserError(f"StepGuard: spike_factor must be more than 1 (or null for none), not {spike_factor}.")
         self.spike_factor = spike_factor
         self.spike_window = at_least_one("StepGuard: spike_window", spike_window)
-        self.skipped = self.in_a_row = self.spikes = 0
-        self.losses: deque[float] = deque(maxlen=spike_window)  # finite ones, means over ranks and accumulated batches
+        self.skipped = self.spikes = 0
+        self.watches: dict[int, Watch] = {}  # by the optimiser's place
         self.step_was_skipped = False
         self._losses: list[Tensor] = []  # of this rank since the last step, each divided by their number
         self._ids: list[Any] = []
@@ -79,24 +90,31 @@ class StepGuard(Callback):
         """Judge the step that is about to be taken.   norm: of all gradients, over all ranks; not read before."""
         losses, norms = self.of_all_ranks(trainer, norm)
         loss, ids = sum(losses) / len(losses), self._ids
-        self._losses, self._ids = [], []
+        place = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
+        watch = self.watch(place)
+        last = place == len(trainer.optimizers) - 1  # the others learn from the same samples
+        self._losses, self._ids = [], [] if last else ids
         self.step_was_skipped = not all(map(math.isfinite, losses + norms))
         if self.step_was_skipped:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None  # what has no gradient is not touched, by any of torch's optimisers
             self.skipped += 1
-            self.in_a_row += 1
+            watch.in_a_row += 1
             at_fault = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
-            self.report(trainer, "skipped", loss, norms[0], at_fault or list(range(len(losses))), ids)
+            self.report(trainer, "skipped", place, loss, norms[0], at_fault or list(range(len(losses))), ids)
             return
-        self.in_a_row = 0
-        usual = statistics.median(self.losses) if len(self.losses) >= self.spike_window / 4 else math.inf
+        watch.in_a_row = 0
+        usual = statistics.median(watch.losses) if len(watch.losses) >= self.spike_window / 4 else math.inf
         if self.spike_factor is not None and loss > self.spike_factor * usual:
             self.spikes += 1
             at_fault = [rank for rank, value in enumerate(losses) if value > self.spike_factor * usual]
-            self.report(trainer, "spike", loss, norms[0], at_fault, ids)
-        self.losses.append(loss)
+            self.report(trainer, "spike", place, loss, norms[0], at_fault, ids)
+        watch.losses.append(loss)
+
+    def watch(self, place: int) -> "Watch":
+        """What has been seen of the optimiser at this place."""
+        return self.watches.setdefault(place, Watch(deque(maxlen=self.spike_window)))
 
     def of_all_ranks(self, trainer: Trainer, norm: Tensor) -> tuple[list[float], list[float]]:
         """(losses, gradient norms), one a rank: the one moment at which the processor waits for the device."""
@@ -107,10 +125,18 @@ class StepGuard(Callback):
         return [loss for loss, _ in rows], [norm for _, norm in rows]
 
     def report(
-        self, trainer: Trainer, event: str, loss: float, norm: float, at_fault: list[int], own_ids: Sequence[Any]
+        self,
+        trainer: Trainer,
+        event: str,
+        place: int,
+        loss: float,
+        norm: float,
+        at_fault: list[int],
+        own_ids: Sequence[Any],
     ) -> None:
         """Write the record and say it; stop the run where the steps that were skipped are too many."""
         step, path = trainer.global_step + 1, Path(trainer.default_root_dir) / RECORDS
+        in_a_row = self.watch(place).in_a_row
         ids = [
             name for rank, names in enumerate(gathered(trainer, list(own_ids))) if rank in at_fault for name in names
         ]
@@ -118,23 +144,23 @@ class StepGuard(Callback):
             name: value if math.isfinite(value) else str(value)  # JSON knows no NaN
             for name, value in (("loss", loss), ("gradient_norm", norm))
         }
+        which = {"optimizer": place} if len(trainer.optimizers) > 1 else {}
         if trainer.is_global_zero:
+            record = {"step": step, "event": event, **which, **numbers, "ranks": at_fault, "ids": ids}
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as stream:
-                stream.write(
-                    json.dumps({"step": step, "event": event, **numbers, "ranks": at_fault, "ids": ids}) + "\n"
-                )
+                stream.write(json.dumps(record) + "\n")
         shown = ", ".join(map(str, ids[:SHOWN])) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
         told = f"loss {loss:.4g}, gradient norm {norm:.4g}, samples {shown}"
         if event == "spike":
             rank_zero_warn(f"step {step} stands out: {told}")
-        elif self.in_a_row < self.max_skipped_in_a_row:
+        elif in_a_row < self.max_skipped_in_a_row:
             rank_zero_warn(f"step {step} is skipped, its loss or gradient is not finite: {told}")
         else:
             last = last_checkpoint(Path(trainer.default_root_dir))
             good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written before"
             raise SharedError(
-                f"{self.in_a_row} steps in a row had a loss or gradient that is not finite, the last of them step "
+                f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last of them step "
                 f"{step} ({told}); {good}: lower the learning rate and continue from it with run.resume=PATH, or "
                 f"prepare the data without the samples that {path} names for a run of its own."
             )
@@ -145,12 +171,14 @@ class StepGuard(Callback):
             pl_module.log_dict({"guard/skipped": float(self.skipped), "guard/spikes": float(self.spikes)})
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {"skipped": self.skipped, "in_a_row": self.in_a_row, "spikes": self.spikes}
-        return {**counts, "losses": list(self.losses)}
+        watches = {place: {"in_a_row": w.in_a_row, "losses": list(w.losses)} for place, w in self.watches.items()}
+        return {"skipped": self.skipped, "spikes": self.spikes, "watches": watches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped, self.in_a_row, self.spikes = (state_dict[name] for name in ("skipped", "in_a_row", "spikes"))
-        self.losses.extend(state_dict["losses"])
+        self.skipped, self.spikes = state_dict["skipped"], state_dict["spikes"]
+        for place, stored in state_dict["watches"].items():
+            self.watch(place).in_a_row = stored["in_a_row"]
+            self.watch(place).losses.extend(stored["losses"])
 
 
 def gathered(trainer: Trainer, own: list[Any]) -> list[list[Any]]:

@@ -13,7 +13,7 @@ from lightning.pytorch.profilers import Profiler
 from torch import nn
 
 from zimage_lit.backbone import S3DiT
-from zimage_lit.backbone.flops import TrainingWork, padded
+from zimage_lit.backbone.flops import TrainingWork, forward_flops, padded
 from zimage_lit.errors import UserError
 from zimage_lit.hardware import peak_flops
 
@@ -22,12 +22,29 @@ SHOWN = ("throughput/images_per_second", "throughput/mfu")  # in the progress ba
 
 
 @dataclass
+class Forward:
+    """What went through a network of the stage."""
+
+    work: TrainingWork
+    images: list[int]  # tokens of each sample's image
+    captions: list[int]  # tokens of each sample's caption
+    learns: bool  # whether a backward pass follows
+
+    def flops(self) -> tuple[int, int]:
+        """(the model's own, those executed)."""
+        if self.learns:
+            return self.work.flops(self.images, self.captions)
+        alone = forward_flops(self.work.config, self.images, self.captions)
+        return alone, alone
+
+
+@dataclass
 class BatchRecord:
-    """One batch: when it began, and what went through the backbone."""
+    """One batch: when it began, and what went through the networks."""
 
     began: Any  # a CUDA event, or seconds
     waited: float  # seconds that this process has waited for data, from the start of training until then
-    forwards: list[tuple[list[int], list[int]]]  # (image tokens, caption tokens) of the samples of each forward
+    forwards: list[Forward]
 
 
 @dataclass
@@ -49,7 +66,8 @@ class Throughput(Callback):
     """Logs `throughput/…` whenever the run logs; all ranks together, over the steps since the last point.
 
     images_per_second, tokens_per_second: what was trained on, tokens of images and captions without pads.
-    tflops: per device, of the model's own work: forward, backward to the inputs, and to the weights that are trained.
+    tflops: per device, of the model's own work: forward, backward to the inputs, and to the weights that are trained;
+        of stages that draw, compare or judge with networks as well, those forwards too.
     mfu: that as a share of the device's peak in bfloat16. Not shown where the peak is unknown, as on a CPU.
     hfu: the same with what activation checkpointing computes again; only with `full`.
     data_wait: share of the time in which the slowest process waited for its next batch.
@@ -61,7 +79,7 @@ class Throughput(Callback):
 
     peak_tflops: the device's, in bfloat16; None takes it from a table by the device's name.
 
-    The work is counted from the lengths of the samples that pass through the backbone in training. Time on a GPU is
+    The work is counted from the lengths of the samples that pass through the stage's networks in training. Time on a GPU is
     taken by events, which nobody waits for before a point of the curves is due.
     """
 
@@ -72,8 +90,8 @@ class Throughput(Callback):
         self._records: list[BatchRecord] = []
         self._last_step = 0
         self._clock = FetchClock(None)
-        self._hook: Any = None
-        self._work: TrainingWork | None = None
+        self._hooks: list[Any] = []
+        self._works: dict[int, TrainingWork] = {}  # by the identity of the network
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -81,12 +99,12 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._records, self._last_step = [], trainer.global_step
-        networks = [module for module in pl_module.modules() if isinstance(module, S3DiT)]
-        if networks:  # a module of another kind has its waiting and memory logged, and no work
-            settings = getattr(pl_module, "parallelize", None)
-            again = getattr(settings, "activation_checkpointing", "none") == "full"
-            self._work = TrainingWork(networks[0], again)
-            self._hook = networks[0].register_forward_pre_hook(self._count)
+        settings = getattr(pl_module, "parallelize", None)
+        again = getattr(settings, "activation_checkpointing", "none") == "full"
+        for network in pl_module.modules():  # a module without any has its waiting and memory logged, and no work
+            if isinstance(network, S3DiT):
+                self._works[id(network)] = TrainingWork(network, again)
+                self._hooks.append(network.register_forward_pre_hook(self._count))
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
 
@@ -94,11 +112,12 @@ class Throughput(Callback):
         self._records.append(BatchRecord(now(trainer.strategy.root_device), self._clock.waited, []))
 
     def _count(self, network: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if network.training and torch.is_grad_enabled() and self._records and self._work is not None:
+        if network.training and self._records:  # pictures are drawn, and losses validated, in evaluation mode
             latents, _, captions = arguments
-            area = self._work.config.patch_size**2
-            lengths = [latent[0].numel() // area for latent in latents], [len(caption) for caption in captions]
-            self._records[-1].forwards.append(lengths)
+            work = self._works[id(network)]
+            images = [latent[0].numel() // work.config.patch_size**2 for latent in latents]
+            lengths = images, [len(caption) for caption in captions]
+            self._records[-1].forwards.append(Forward(work, *lengths, learns=torch.is_grad_enabled()))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         stepped = trainer.global_step != self._last_step  # else gradients are still being accumulated
@@ -113,8 +132,8 @@ class Throughput(Callback):
                 pl_module.log(name, value, prog_bar=name in SHOWN)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def window(self, device: torch.device) -> Window:
         """This rank's figures from its records."""
@@ -123,15 +142,16 @@ class Throughput(Callback):
         busy = [max(0.0, whole - wait) for whole, wait in zip(lasted, waits, strict=True)]
         limit = PAUSE * statistics.median(busy)
         kept = [place for place, seconds in enumerate(busy) if seconds <= limit]
-        forwards = [lengths for place in kept for lengths in self._records[place].forwards]
-        multiple = self._work.config.pad_multiple if self._work else 1
-        sizes = [size for lengths in forwards for part in lengths for size in part]
-        work = [self._work.flops(*lengths) for lengths in forwards] if self._work else []
+        forwards = [forward for place in kept for forward in self._records[place].forwards]
+        learnt = [forward for forward in forwards if forward.learns]
+        multiple = learnt[0].work.config.pad_multiple if learnt else 1
+        sizes = [size for forward in learnt for size in (*forward.images, *forward.captions)]
+        work = [forward.flops() for forward in forwards]
         return Window(
             seconds=sum(lasted[place] for place in kept),
             pauses=sum(lasted) - sum(lasted[place] for place in kept),
             waited=sum(waits[place] for place in kept),
-            images=sum(len(images) for images, _ in forwards),
+            images=sum(len(forward.images) for forward in learnt),
             tokens=sum(sizes),
             packed_tokens=sum(padded(size, multiple) for size in sizes),
             model_flops=sum(model for model, _ in work),

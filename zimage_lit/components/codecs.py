@@ -26,7 +26,8 @@ class LatentCodec(Protocol):
     """What the stages and the pipeline ask of a codec.
 
     ``encode`` takes images (B, 3, H, W), float in [-1, 1], H and W multiples of ``downsample``, and returns latents
-    (B, channels, H / downsample, W / downsample) float32 of about unit size. ``decode`` goes back, clamped to [-1, 1].
+    (B, channels, H / downsample, W / downsample) float32 of about unit size. ``decode`` goes back, clamped to [-1, 1];
+    a gradient of the pictures reaches the latents.
     """
 
     @property
@@ -132,7 +133,6 @@ class PatchPCACodec:
             latents = torch.einsum("brcp,kp->bkrc", patches - weights["mean"], weights["components"])
             return latents / weights["scale"]
 
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, channels, h, w) -> (B, 3, h * patch, w * patch) float32, clamped to [-1, 1].
 
@@ -237,7 +237,6 @@ class FluxVAECodec:
                 mean = mean + posterior.std.float() * noise.to(self._device)
             return (mean - self._shift()) * self.config["scaling_factor"]
 
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, channels, h, w) -> (B, 3, h * downsample, w * downsample) float32, clamped to [-1, 1].
 

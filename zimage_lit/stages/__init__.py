@@ -1,5 +1,6 @@
 """The training stages: thin LightningModules over one backbone; their maths lives in `objectives/`."""
 
+from zimage_lit.stages.dmdr import DMDRModule
 from zimage_lit.stages.flow_matching import FlowMatchingModule
 
-__all__ = ["FlowMatchingModule"]
+__all__ = ["DMDRModule", "FlowMatchingModule"]

@@ -10,30 +10,22 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from zimage_lit.backbone import S3DiT
-from zimage_lit.backbone.parallelize import ParallelizeSettings, parallelize
+from zimage_lit.backbone.parallelize import ParallelizeSettings
 from zimage_lit.components import LatentCodec, TextEncoder
 from zimage_lit.errors import UserError
 from zimage_lit.lora import (
+    TRAINED,
     LoRASettings,
-    apply_lora,
     base_fingerprint,
     base_weights,
     check_adapter_types,
     is_adapter,
-    reset_adapters,
-    type_of_base,
 )
 from zimage_lit.objectives import flow_matching
 from zimage_lit.objectives.timesteps import TimestepLaw
 from zimage_lit.rng import generator
-from zimage_lit.stages.frozen_parts import check_encoded_by, check_text_to_image
-from zimage_lit.stages.initial_weights import (
-    backbone_config,
-    build_backbone,
-    check_continues,
-    empty_backbone,
-    fill_backbone,
-)
+from zimage_lit.stages.frozen_parts import check_encoded_by, check_text_to_image, encode_images
+from zimage_lit.stages.initial_weights import backbone_config, check_continues, stage_backbone
 from zimage_lit.stages.optimizers import LearningRate, OptimizerSettings, build_optimizer
 
 
@@ -85,22 +77,10 @@ class FlowMatchingModule(LightningModule):
     def configure_model(self) -> None:
         if self.backbone is not None:
             return
-        stores = [logger.tracking_uri for logger in self.loggers if hasattr(logger, "tracking_uri")]
-        source = self.init_from, self.seed, next(iter(stores), None)
-        mesh = self.device_mesh
-        if mesh is not None:
+        if self.device_mesh is not None:
             self.check_can_be_sharded()
-        with type_of_base(self.lora):
-            self.backbone = build_backbone(self.config, *source) if mesh is None else empty_backbone(self.config)
-        if self.lora:
-            apply_lora(self.backbone, self.lora, self.seed)
-        if self._trainer is not None:  # who only draws pictures from a checkpoint needs none of it
-            parallelize(self.backbone, mesh, self.parallelize, str(self.trainer.precision))
-        if mesh is not None:
-            self.backbone.to_empty(device=self.trainer.strategy.root_device)
-            fill_backbone(self.backbone, *source)
-            if self.lora:
-                reset_adapters(self.backbone, self.lora, self.seed)
+        adapters = {TRAINED: self.lora} if self.lora else {}
+        self.backbone = stage_backbone(self, self.init_from, adapters, self.lora.frozen_dtype if self.lora else None)
         if self.lora:
             self.lora_base = base_fingerprint(base_weights(self.backbone))
 
@@ -161,7 +141,11 @@ class FlowMatchingModule(LightningModule):
         def draw(purpose: str) -> torch.Generator:
             return generator(self.seed, f"{phase}/{purpose}", step, self.global_rank)
 
-        data = batch["image_latents"] if "image_latents" in batch else self.encode_images(batch["images"])
+        data = (
+            batch["image_latents"]
+            if "image_latents" in batch
+            else encode_images(self.codec, batch["images"], self.device)
+        )
         rate = self.caption_dropout if phase == "train" else 0.0
         dropped = torch.rand(len(data), generator=draw("caption_dropout"), dtype=torch.float32) < rate
         features = self.encode_captions(batch, dropped.tolist())
@@ -184,15 +168,6 @@ class FlowMatchingModule(LightningModule):
             return features
         (empty,) = self.text_encoder.encode([""])
         return [empty if drop else known for drop, known in zip(dropped, features, strict=True)]
-
-    def encode_images(self, images: list[Tensor]) -> list[Tensor]:
-        """uint8 (3, H, W) pictures of any sizes -> latents (C, h, w); pictures of one size share a call."""
-        latents: dict[int, Tensor] = {}
-        for shape in {image.shape for image in images}:
-            places = [i for i, image in enumerate(images) if image.shape == shape]
-            stacked = torch.stack([images[i] for i in places]).to(self.device)
-            latents.update(zip(places, self.codec.encode(stacked.float() / 127.5 - 1), strict=True))
-        return [latents[i] for i in range(len(images))]
 
     def configure_gradient_clipping(
         self,

@@ -3,6 +3,9 @@
 from collections.abc import Collection
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from zimage_lit.components import LatentCodec, TextEncoder
 from zimage_lit.errors import UserError
 
@@ -31,3 +34,13 @@ def check_text_to_image(names: Collection[str]) -> None:
             f"FlowMatchingModule learns from pictures and captions, and the data give {', '.join(names)}: name other "
             "data, or a stage that learns from these."
         )
+
+
+def encode_images(codec: LatentCodec, images: list[Tensor], device: torch.device) -> list[Tensor]:
+    """uint8 (3, H, W) pictures of any sizes -> latents (C, h, w); pictures of one size share a call."""
+    latents: dict[int, Tensor] = {}
+    for shape in {image.shape for image in images}:
+        places = [i for i, image in enumerate(images) if image.shape == shape]
+        stacked = torch.stack([images[i] for i in places]).to(device)
+        latents.update(zip(places, codec.encode(stacked.float() / 127.5 - 1), strict=True))
+    return [latents[i] for i in range(len(images))]

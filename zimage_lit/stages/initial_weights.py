@@ -14,10 +14,10 @@ import torch
 from zimage_lit.backbone import S3DiT, S3DiTConfig
 from zimage_lit.backbone.checkpoints import read_config, stored_weights
 from zimage_lit.backbone.config import PRESETS
-from zimage_lit.backbone.parallelize import fill, fill_fresh
+from zimage_lit.backbone.parallelize import fill, fill_fresh, parallelize
 from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError
-from zimage_lit.lora import is_adapter, kept_weights
+from zimage_lit.lora import LoRASettings, apply_lora, is_adapter, kept_weights, reset_adapters, type_of_base
 from zimage_lit.sharded_checkpoints import ShardedTensors, is_sharded, read_sharded
 from zimage_lit.stages.optimizers import OptimizerSettings, kind_of_states
 
@@ -39,6 +39,32 @@ def backbone_config(settings: str | dict[str, Any]) -> S3DiTConfig:
         raise UserError(f"{key} lacks the preset that its sizes change: give {key}.preset=tiny (or another) as well.")
     base = S3DiTConfig.preset(changes.pop("preset"))
     return settings_from(S3DiTConfig, {**vars(base), **changes}, section=key)
+
+
+def stage_backbone(
+    stage: Any, init_from: str | None, adapters: Mapping[str, LoRASettings], frozen_dtype: torch.dtype | None = None
+) -> S3DiT:
+    """A network of a stage (its `config`, `seed` and `parallelize` say which) on the terms of its trainer.
+
+    adapters: name -> settings of the LoRAs in it; the last one is active, and all that is not of it is frozen.
+    frozen_dtype: the type in which it is made, None for the trainer's. Under the strategy `fsdp2` it is sharded: made
+    without memory, and filled part by part. Errors as in `build_backbone`.
+    """
+    stores = [logger.tracking_uri for logger in stage.loggers if hasattr(logger, "tracking_uri")]
+    source = init_from, stage.seed, next(iter(stores), None)
+    mesh = stage.device_mesh
+    with type_of_base(frozen_dtype):
+        backbone = build_backbone(stage.config, *source) if mesh is None else empty_backbone(stage.config)
+    for name, settings in adapters.items():
+        apply_lora(backbone, settings, stage.seed, name)
+    if stage._trainer is not None:  # who only draws pictures from a checkpoint needs none of it
+        parallelize(backbone, mesh, stage.parallelize, str(stage.trainer.precision))
+    if mesh is not None:
+        backbone.to_empty(device=stage.trainer.strategy.root_device)
+        fill_backbone(backbone, *source)
+        for name, settings in adapters.items():
+            reset_adapters(backbone, settings, stage.seed, name)
+    return backbone
 
 
 def build_backbone(config: S3DiTConfig, init_from: str | None, seed: int, tracking_uri: str | None = None) -> S3DiT:

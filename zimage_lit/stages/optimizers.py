@@ -90,14 +90,18 @@ class OptimizerSettings:
         return f"{self.name} with stochastic rounding" if self.stochastic_rounding else self.name
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings, seed: int = 0) -> torch.optim.Optimizer:
-    """The optimiser over the trainable parameters of `model`.   seed: of stochastic rounding.
+def build_optimizer(
+    model: nn.Module | Mapping[str, nn.Parameter], settings: OptimizerSettings, seed: int = 0
+) -> torch.optim.Optimizer:
+    """The optimiser over the trainable parameters of `model`, or over parameters given by name.
 
-    Every group of its parameters is marked with the `kind` of the settings, by which a checkpoint is recognised.
+    seed: of stochastic rounding. Every group of its parameters is marked with the `kind` of the settings, by which a
+    checkpoint is recognised.
     Raises UserError for a group of the settings that matches nothing, and stochastic rounding of other weights than
     bfloat16 ones.
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
+    trainable = {name: p for name, p in named if p.requires_grad}
     taken = group_parameters(trainable, settings.groups)
     orthogonalised = {n for n, p in trainable.items() if settings.name == "muon" and is_block_matrix(n, p)}
     adamw_groups = optimizer_groups(trainable, taken, settings, settings.lr, trainable.keys() - orthogonalised)
