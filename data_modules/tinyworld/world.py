@@ -117,7 +117,8 @@ def draw(
     check_size(size, downscale)
     rng = random.Random(f"tinyworld/{seed}/{split}/{index}")
     drawn_task = _weighted_task(rng.random(), task_weights)
-    return _shown(pick(rng, fitting_statements(task or drawn_task, split, size[0])), size, rng)
+    sample = _shown(pick(rng, fitting_statements(task or drawn_task, split, size[0])), size, rng)
+    return sample if downscale == 1 else _smaller(sample, downscale)
 
 
 def draw_statement(metadata: Metadata, index: int, seed: int = 0, size: Size = DEFAULT_SIZE) -> TinyWorldSample:
@@ -142,14 +143,12 @@ def _shown(statement: Metadata, size: Size, rng: random.Random) -> TinyWorldSamp
     canvas, background = _canvas(size, rng)
     if metadata["tag"] == "word":
         _write(canvas, background, metadata["text"], rng)
-        return TinyWorldSample(_smaller(canvas, downscale), captions(metadata, (), rng), metadata, ())
+        return TinyWorldSample(canvas, captions(metadata, (), rng), metadata, ())
     objects = _arrange(metadata, size, rng)
     for item in objects:
         _paint(canvas, background, item, rng)
     things = [(item.name, item.color) for item in objects]
-    if downscale > 1:
-        objects = tuple(replace(item, box=_box_after(item.box, downscale)) for item in objects)
-    return TinyWorldSample(_smaller(canvas, downscale), captions(metadata, things, rng), metadata, objects)
+    return TinyWorldSample(canvas, captions(metadata, things, rng), metadata, objects)
 
 
 def check_size(size: Size, downscale: int = 1) -> None:
@@ -295,12 +294,13 @@ def _jittered(color: Sequence[int], rng: random.Random) -> np.ndarray:
     return np.array([value + 12 * (rng.random() - 0.5) for value in color], dtype=np.float32)
 
 
-def _smaller(canvas: np.ndarray, downscale: int) -> np.ndarray:
-    if downscale == 1:
-        return canvas
-    height, width, _ = canvas.shape
-    blocks = canvas.reshape(height // downscale, downscale, width // downscale, downscale, 3)
-    return np.rint(blocks.mean(axis=(1, 3))).astype(np.uint8)
+def _smaller(sample: TinyWorldSample, downscale: int) -> TinyWorldSample:
+    """The same picture with fewer pixels, each the mean of a block."""
+    height, width, _ = sample.image.shape
+    blocks = sample.image.reshape(height // downscale, downscale, width // downscale, downscale, 3)
+    image = np.rint(blocks.mean(axis=(1, 3))).astype(np.uint8)
+    objects = tuple(replace(item, box=_box_after(item.box, downscale)) for item in sample.objects)
+    return replace(sample, image=image, objects=objects)
 
 
 def _box_after(box: tuple[int, int, int, int], downscale: int) -> tuple[int, int, int, int]:
