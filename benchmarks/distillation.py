@@ -1,0 +1,337 @@
+"""Whether eight steps can stand for a hundred: Decoupled DMD and DMDR on TinyWorld, against controls and fixed bars.
+
+    python benchmarks/distillation.py main --seeds 0 1 2   # students of 8 and of 4 steps, against their teacher
+    python benchmarks/distillation.py main controls front  # several groups; controls and fronts have one seed
+    python benchmarks/distillation.py main dmdr
+
+The teacher is a quickstart (`--teacher`, trained if missing). Every arm is one `lightning run` in a folder of its own
+below --folder; arms that are finished are not run again, and a killed one goes on, so the same command continues.
+
+All are judged on the same held-out prompts and noise, PICTURES of each prompt, against real pictures of the same prompts
+(after the codec and back): KID, diversity and the rest on the features of a classifier that no arm has seen; accuracy by
+TinyWorld's verifier and GenEval's rules. 95 % intervals resample prompts, the same prompts in every arm. The bars stand
+in BARS and were fixed before the first arm ran. Prints tables; writes distillation.json and, for fronts, front.png.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_modules.tinyworld.combinations import GENEVAL_TASKS, Metadata
+from data_modules.tinyworld.verifier import judge
+from data_modules.tinyworld.world import draw_statement, heldout_prompts
+from evaluation.benchmarks.geneval import evaluate
+from evaluation.fidelity.comparison import (
+    ComparisonSettings,
+    Estimate,
+    FidelityMetric,
+    PictureSet,
+    compare,
+    prompt_weights,
+    ratio,
+)
+from evaluation.fidelity.tinyworld_classifier import TinyWorldClassifier, as_input, obtain
+from zimage_lit import cli
+from zimage_lit.pipeline import ZImagePipeline
+
+sys.path.insert(0, str(Path(__file__).parent))  # where class paths of the controls are found
+
+PROMPTS_PER_TASK = 12  # held-out statements of each of GenEval's tasks, fewer where there are no more
+PICTURES = 24  # of each prompt
+NOISE_SEED, REAL_SEED = 40_000, 3  # of the pictures that are judged
+COMPARISON = ComparisonSettings(resamples=1000)
+TEACHER_STEPS = (4, 8, 20, 100)  # with guidance, so twice as many network evaluations
+STUDENT_STEPS = (1, 2, 4, 8)
+CONTROL_MODULE = "distillation_controls"
+# (what, of which arm at how many steps, divided by or less what, bar); fixed before the first arm ran.
+BARS = (
+    ("the task is hard enough: KID, teacher at 4 steps / at 100", "at least", 3.0),
+    ("KID, student at 8 / teacher at 100", "at most", 1.15),
+    ("accuracy, student at 8 less teacher at 100", "at least", -0.02),
+    ("diversity, student at 8", "at least", 0.9),
+    ("KID, student at 4 / teacher at 100", "at most", 1.3),
+    ("KID, student at 4 / teacher at 4", "at most", 0.5),
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run: `settings` are those that differ from tiny/dmdr. steps: of the grid it is trained and served on.
+    control: class in distillation_controls.py in place of DMDRModule. begins_from: arm whose student goes on."""
+
+    name: str
+    group: str
+    steps: int = 8
+    settings: tuple[str, ...] = ()
+    control: str | None = None
+    begins_from: str | None = None
+
+
+def scale(value: float) -> str:
+    return f"model.init_args.objective.guidance_scale={value}"
+
+
+COUPLED = ("model.init_args.objective.name=coupled",)
+RENOISE = ("model.init_args.rollout.sampler=renoise",)
+ARMS = (
+    Arm("student-8", "main"),
+    Arm("student-4", "main", steps=4),
+    Arm("frozen-fake-score", "controls", control="FrozenFakeScore"),
+    Arm("swapped-sign", "controls", control="SwappedSign"),
+    Arm("renoised", "controls", settings=RENOISE),
+    Arm("not-renoised", "controls", settings=RENOISE, control="NotRenoised"),
+    *(Arm(f"coupled-{w:g}", "front", settings=(*COUPLED, scale(w))) for w in (2, 3, 5)),
+    *(Arm(f"decoupled-{w:g}", "front", settings=(scale(w),)) for w in (2, 5)),  # 3 is student-8
+)
+
+
+@dataclass
+class Bench:
+    """The arms of one seed below a folder; `overrides` go to every run."""
+
+    folder: Path
+    teacher: Path
+    seed: int
+    overrides: Sequence[str]
+    classifier: TinyWorldClassifier
+
+    def output(self, arm: Arm) -> Path:
+        return self.folder / f"seed-{self.seed}" / arm.name
+
+    def words(self, arm: Arm) -> list[str]:
+        """The experiment and the settings of an arm."""
+        begins = next((other for other in ARMS if other.name == arm.begins_from), None)
+        return [
+            "tiny/dmdr",
+            f"run.name=distillation/seed-{self.seed}/{arm.name}",
+            f"run.output_dir={self.output(arm)}",
+            f"seed_everything={self.seed}",
+            f"model.init_args.init_from={self.teacher}",
+            *([f"model.init_args.student_init_from={self.output(begins)}/checkpoints/last.ckpt"] if begins else []),
+            f"model.init_args.rollout.num_inference_steps={arm.steps}",
+            *([f"model.class_path={CONTROL_MODULE}.{arm.control}"] if arm.control else []),
+            *arm.settings,
+            *(f"trainer.callbacks.{name}=null" for name in ("score", "fidelity", "report")),
+            *self.overrides,
+        ]
+
+    def run(self, arm: Arm) -> None:
+        words = self.words(arm)
+        print(f"\n$ lightning run {shlex.join(words)}", flush=True)
+        if code := cli.main(["run", *words], program="lightning"):
+            sys.exit(code)
+
+    def judged(self, arm: Arm) -> dict[int, "Judged"]:
+        """Its student's pictures at each number of steps."""
+        return {
+            steps: draw_and_judge(self.output(arm) / "pipeline", steps, self.output(arm) / f"judged-{steps}.npz", self)
+            for steps in STUDENT_STEPS
+        }
+
+
+# ------------------------------------------------------------------------------------------------------------- judging
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is known of the pictures of one model at one number of steps."""
+
+    pictures: PictureSet
+    right: np.ndarray  # (N,) bool
+
+
+def statements() -> list[Metadata]:
+    """Held-out statements of GenEval's tasks, each once."""
+    found = {
+        (metadata["tag"], metadata["prompt"]): metadata
+        for metadata in heldout_prompts(PROMPTS_PER_TASK, seed=1)
+        if metadata["tag"] in GENEVAL_TASKS
+    }
+    return list(found.values())
+
+
+ASKED = [metadata for metadata in statements() for _ in range(PICTURES)]
+NUMBERS = np.repeat(np.arange(len(statements())), PICTURES)
+
+
+def draw_and_judge(pipeline: Path, steps: int, store: Path, bench: Bench) -> Judged:
+    """From `store` where that is newer than the pipeline."""
+    if not store.is_file() or store.stat().st_mtime < (pipeline / "model_index.json").stat().st_mtime:
+        drawn = ZImagePipeline.from_pretrained(pipeline)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            pictures = drawn(
+                [metadata["prompt"] for metadata in ASKED],
+                seed=[NOISE_SEED + place for place in range(len(ASKED))],
+                num_inference_steps=steps,
+                batch_size=64,
+            )
+        seen = features(as_input(pictures), bench.classifier)
+        records = (judge(np.asarray(picture), metadata) for picture, metadata in zip(pictures, ASKED, strict=True))
+        right = np.array([evaluate(record["metadata"], record["detections"])["correct"] for record in records])
+        store.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(store, features=seen.features, projections=seen.projections, right=right)
+    kept = np.load(store)
+    return Judged(PictureSet(kept["features"], kept["projections"], NUMBERS), kept["right"])
+
+
+def features(images: torch.Tensor, classifier: TinyWorldClassifier) -> PictureSet:
+    metric = FidelityMetric(classifier.features, COMPARISON)
+    for places in torch.arange(len(images)).split(256):
+        metric.update(images[places], torch.from_numpy(NUMBERS)[places], real=True)
+    return metric.pictures(real=True)
+
+
+def real_pictures(bench: Bench, first: int = 0) -> PictureSet:
+    """As many real pictures of the same prompts, from the world's number `first` on, through the teacher's codec."""
+    codec = ZImagePipeline.from_pretrained(bench.teacher).codec
+    each = range(first, first + PICTURES)
+    images = as_input([draw_statement(metadata, i, REAL_SEED).image for metadata in statements() for i in each])
+    with torch.no_grad():
+        decoded = torch.cat([codec.decode(codec.encode(part)) for part in images.split(256)])
+    return features(((decoded.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1, bench.classifier)
+
+
+def accuracy(judged: Judged) -> Estimate:
+    """GenEval's overall score: the mean over the tasks of the share of right pictures."""
+    tasks = np.array([metadata["tag"] for metadata in statements()])
+    shares = judged.right.reshape(len(tasks), PICTURES).mean(axis=1)
+
+    def overall(weights: np.ndarray) -> float:
+        parts = [(tasks == task, weights[tasks == task]) for task in GENEVAL_TASKS]
+        return float(np.mean([np.average(shares[own], weights=w) for own, w in parts if w.sum()]))
+
+    replicates = [overall(each) for each in prompt_weights(len(tasks), COMPARISON.resamples, COMPARISON.seed)]
+    return Estimate.of(overall(np.ones(len(tasks))), np.array(replicates))
+
+
+def difference(first: Estimate, second: Estimate) -> Estimate:
+    return Estimate.of(first.value - second.value, first.replicates - second.replicates)
+
+
+def measured(judged: Judged, real: PictureSet) -> dict[str, Estimate]:
+    return {"accuracy": accuracy(judged), **compare(judged.pictures, real, COMPARISON)}
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def table(rows: dict[str, dict[str, Estimate]], evaluations: dict[str, int]) -> None:
+    names = ("accuracy", "kid", "fd", "sliced_wasserstein", "precision", "recall", "diversity")
+    print(f"\n| arm | NFE | {' | '.join(names)} |\n| --- | --- |{' --- |' * len(names)}")
+    for label, found in rows.items():
+        cells = (f"{found[n].value:.3f} [{found[n].low:.3f}, {found[n].high:.3f}]" for n in names)
+        print(f"| {label} | {evaluations[label]} | {' | '.join(cells)} |")
+
+
+def verdicts(rows: dict[str, dict[str, Estimate]]) -> list[dict[str, Any]]:
+    """The bars with what was reached; those whose arms were not run are left out."""
+
+    def of(label: str, metric: str) -> Estimate:
+        return rows[label][metric]
+
+    reached = (
+        lambda: ratio(of("teacher at 4", "kid"), of("teacher at 100", "kid")),
+        lambda: ratio(of("student-8 at 8", "kid"), of("teacher at 100", "kid")),
+        lambda: difference(of("student-8 at 8", "accuracy"), of("teacher at 100", "accuracy")),
+        lambda: of("student-8 at 8", "diversity"),
+        lambda: ratio(of("student-4 at 4", "kid"), of("teacher at 100", "kid")),
+        lambda: ratio(of("student-4 at 4", "kid"), of("teacher at 4", "kid")),
+    )
+    print("\n| bar | reached | met |\n| --- | --- | --- |")
+    found = []
+    for (what, side, bar), value in zip(BARS, reached, strict=True):
+        try:
+            estimate = value()
+        except KeyError:
+            continue
+        met = estimate.value >= bar if side == "at least" else estimate.value <= bar
+        spread = f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+        print(f"| {what}: {side} {bar:g} | {spread} | {'yes' if met else 'no'} |")
+        found.append({"bar": what, side: bar, "value": estimate.value, "low": estimate.low, "high": estimate.high,
+                      "met": bool(met)})  # fmt: skip
+    return found
+
+
+def speed(bench: Bench) -> float:
+    """Seconds of the teacher at 100 steps with guidance over those of the student at 8 without, in this process."""
+    student = next(arm for arm in ARMS if arm.name == "student-8")
+    seconds = {}
+    for label, folder, steps in (("student", bench.output(student) / "pipeline", 8), ("teacher", bench.teacher, 100)):
+        pipeline = ZImagePipeline.from_pretrained(folder)
+        prompts, seeds = [metadata["prompt"] for metadata in ASKED[::PICTURES]], list(range(len(ASKED[::PICTURES])))
+        taken = []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for _ in range(3):
+                start = time.perf_counter()
+                pipeline(prompts, seed=seeds, num_inference_steps=steps, batch_size=len(prompts))
+                taken.append(time.perf_counter() - start)
+        seconds[label] = min(taken)
+    print(f"\n{len(prompts)} pictures: student {seconds['student']:.2f} s, teacher {seconds['teacher']:.2f} s, ratio "
+          f"{seconds['teacher'] / seconds['student']:.1f}")  # fmt: skip
+    return seconds["teacher"] / seconds["student"]
+
+
+def report(bench: Bench, groups: Sequence[str]) -> dict[str, Any]:
+    """Judge, print and give the tables of a seed."""
+    real = real_pictures(bench)
+    rows: dict[str, dict[str, Estimate]] = {}
+    evaluations: dict[str, int] = {}
+    for steps in TEACHER_STEPS:
+        store = bench.folder / f"teacher-{steps}.npz"
+        rows[f"teacher at {steps}"] = measured(draw_and_judge(bench.teacher, steps, store, bench), real)
+        evaluations[f"teacher at {steps}"] = 2 * steps
+    for arm in arms_of(groups, bench.seed):
+        for steps, judged in bench.judged(arm).items():
+            rows[f"{arm.name} at {steps}"] = measured(judged, real)
+            evaluations[f"{arm.name} at {steps}"] = steps
+    print(f"\nseed {bench.seed}")
+    floor = compare(real_pictures(bench, PICTURES), real, COMPARISON)
+    print(f"\nreal against real: KID {floor['kid'].value:.4f}, diversity {floor['diversity'].value:.3f}")
+    table(rows, evaluations)
+    plain = {label: {name: vars(e) | {"replicates": None} for name, e in found.items()} for label, found in rows.items()}
+    return {"seed": bench.seed, "arms": plain, "bars": verdicts(rows), "speed": speed(bench) if "main" in groups else None}
+
+
+def arms_of(groups: Sequence[str], seed: int) -> list[Arm]:
+    """Controls and fronts have one seed."""
+    return [arm for arm in ARMS if arm.group in groups and (arm.group in ("main", "dmdr") or seed == 0)]
+
+
+def main() -> None:
+    options = parse_options()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if not (options.teacher / "model_index.json").is_file():
+        output = options.teacher.parent
+        if code := cli.main(["run", "quickstart", f"run.output_dir={output}"], program="lightning"):
+            sys.exit(code)
+    classifier = obtain(options.folder / "classifier")
+    tables = []
+    for seed in options.seeds:
+        bench = Bench(options.folder, options.teacher, seed, options.overrides, classifier)
+        for arm in arms_of(options.groups, seed):
+            bench.run(arm)
+        tables.append(report(bench, options.groups))
+    (options.folder / "distillation.json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="+", choices=sorted({arm.group for arm in ARMS}))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--folder", type=Path, default=Path("outputs/distillation"))
+    parser.add_argument("--teacher", type=Path, default=Path("outputs/quickstart/pipeline"))
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="key=value for every run")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""DMDRModule with one thing wrong or left out, for the controls of distillation.py: named there as `model.class_path`."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zimage_lit.objectives import flow_matching
+from zimage_lit.sampling import sigmas
+from zimage_lit.sampling.guidance import guided_velocity
+from zimage_lit.stages.dmdr import DMDRModule, Generated, Terms
+from zimage_lit.stages.roles import FAKE
+
+
+class FrozenFakeScore(DMDRModule):
+    """The fake score stays the teacher's, so that nothing holds the student back from where guidance sends it."""
+
+    def take_step(self, role: str) -> Tensor:
+        if role == FAKE:
+            for parameter in self.roles.trained(FAKE).values():
+                parameter.grad = None
+        return super().take_step(role)
+
+
+class SwappedSign(DMDRModule):
+    """The student goes where the teacher does not send it."""
+
+    def terms(self, generated: Generated, step: int) -> Terms:
+        terms = super().terms(generated, step)
+        guidance = None if terms.guidance is None else [-x for x in terms.guidance]
+        return replace(terms, matching=[-x for x in terms.matching], guidance=guidance)
+
+
+class NotRenoised(DMDRModule):
+    """In the roll-outs of training a step gets the clean sample of the step before it as it is; in serving it does not."""
+
+    @torch.no_grad()
+    def simulate(self, noise: list[Tensor], features: list[Tensor], grid: Tensor, step: int) -> list[Tensor]:
+        latents = noise
+        for sigma in grid[:-1].tolist():
+            t = torch.full((len(latents),), 1 - sigma, device=self.device)
+            latents = flow_matching.clean_from_velocity(latents, self.backbone(latents, t, features), t)
+        return latents
+
+
+class RewardAlone(DMDRModule):
+    """Neither distribution matching nor guidance: what a student becomes that is only rewarded."""
+
+    def terms(self, generated: Generated, step: int) -> Terms:
+        terms = super().terms(generated, step)
+        return replace(terms, matching=[torch.zeros_like(x) for x in terms.matching], guidance=None)
+
+
+class RewardAndL2(RewardAlone):
+    """In place of distribution matching the distance from what the student drew from the same noise when it began.
+
+    `init_from` is that student: it takes the teacher's place. `l2` is a setting of the class, for a class path has none.
+    """
+
+    l2 = 1.0
+
+    def student_losses(
+        self, generated: Generated, batch: dict[str, Any], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, figures = super().student_losses(generated, batch, step)
+        return losses + self.l2 * flow_matching.loss(generated.clean, self.drawn_at_first(generated, batch, step)), figures
+
+    @torch.no_grad()
+    def drawn_at_first(self, generated: Generated, batch: dict[str, Any], step: int) -> list[Tensor]:
+        grid = sigmas(self.rollout.num_inference_steps, self.rollout.shift)[: generated.step_index + 1]
+        with self.roles.acting("teacher") as network:
+            velocity = guided_velocity(network, generated.features, None, guidance_scale=1.0)
+            latents = self.noise(self.shapes(batch), "noise", step)
+            for sigma, after in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+                latents = [x + (sigma - after) * v for x, v in zip(latents, velocity(latents, 1 - sigma), strict=True)]
+            t = torch.full((len(latents),), 1 - float(grid[-1]), device=self.device)
+            return flow_matching.clean_from_velocity(latents, network(latents, t, generated.features), t)
+
+
+class RewardAndStrongL2(RewardAndL2):
+    l2 = 4.0
