@@ -38,8 +38,11 @@ TEST_PICTURES = 1024  # held out, after the codec's reconstruction
 
 
 def train_classifier(config: ClassifierConfig, progress: bool = True) -> TinyWorldClassifier:
-    """A trained classifier in evaluation mode, its `report` filled, on the CPU; the global generator is left alone."""
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    """A trained classifier in evaluation mode, its `report` filled, on the CPU.
+
+    Can be called from anywhere: the global generator is left alone, and gradients are on in here.
+    """
+    with _one_thread(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(generator(config.seed, "classifier/weights").initial_seed())
         classifier = TinyWorldClassifier(config)
         pools = _pools(config)
