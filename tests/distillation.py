@@ -28,6 +28,7 @@ SIZES = {
 }  # fmt: skip
 SAMPLES = 4  # in a step, of all ranks together
 LAYOUTS = ("copies", "fake_lora", "adapters")
+WAYS = (*LAYOUTS, "student_lora")  # the layouts, and fake_lora with a LoRA as the student
 
 
 class Encoder:
@@ -166,13 +167,13 @@ class Stage(DMDRModule):
 
 
 def stage(teacher: Path, layout: str, **settings: Any) -> Stage:
-    """A stage whose student is trained at every third iteration."""
+    """A stage whose student is trained at every third iteration; layout: one of `WAYS`."""
     lora = LoRASettings(rank=4)
     optimizer = OptimizerSettings(lr=2e-3, betas=(0.0, 0.99), warmup_steps=3, decay="linear", weight_decay=0.1)
     arguments: dict[str, Any] = {
         "init_from": str(teacher),
-        "layout": layout,
-        "lora": lora if layout == "adapters" else None,
+        "layout": "fake_lora" if layout == "student_lora" else layout,
+        "lora": lora if layout in ("adapters", "student_lora") else None,
         "fake_lora": None if layout == "copies" else lora,
         "rollout": RolloutSettings(num_inference_steps=4),
         "objective": ObjectiveSettings(guidance_scale=3.0),

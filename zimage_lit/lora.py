@@ -344,9 +344,9 @@ class MergedWeights(Mapping[str, Tensor]):
         return len(self.base)
 
 
-def check_adapter_types(backbone: nn.Module) -> None:
-    """UserError where the trainer has cast the adapters to half, in which small steps of training vanish."""
-    if any(weight.dtype != torch.float32 for weight in kept_weights(backbone).values()):
+def check_adapter_types(adapters: Mapping[str, Tensor]) -> None:
+    """UserError where the trainer has cast adapters to half, in which small steps of training vanish."""
+    if any(is_adapter(name) and weight.dtype != torch.float32 for name, weight in adapters.items()):
         raise UserError(
             "LoRA's adapters are trained in float32: set trainer.precision to bf16-mixed or 32-true, and "
             "model.init_args.lora.base_dtype=bfloat16 to hold the frozen weights in half."

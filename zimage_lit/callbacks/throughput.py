@@ -79,8 +79,8 @@ class Throughput(Callback):
 
     peak_tflops: the device's, in bfloat16; None takes it from a table by the device's name.
 
-    The work is counted from the lengths of the samples that pass through the stage's networks in training. Time on a GPU is
-    taken by events, which nobody waits for before a point of the curves is due.
+    The work is counted from the lengths of the samples that pass through the stage's networks in training. Time on a
+    GPU is taken by events, which nobody waits for before a point of the curves is due.
     """
 
     def __init__(self, peak_tflops: float | None = None) -> None:

@@ -19,7 +19,7 @@ from zimage_lit.backbone import S3DiT
 from zimage_lit.backbone.parallelize import ParallelizeSettings, local
 from zimage_lit.components import LatentCodec, TextEncoder
 from zimage_lit.errors import UserError, at_least_one
-from zimage_lit.lora import LoRASettings, base_fingerprint, base_weights, check_adapter_types
+from zimage_lit.lora import LoRASettings, check_adapter_types
 from zimage_lit.objectives import distillation, flow_matching
 from zimage_lit.objectives.timesteps import RenoiseLaw, TimestepLaw, dynamic_teacher_scale
 from zimage_lit.rewards import RewardSet
@@ -32,7 +32,7 @@ from zimage_lit.stages.frozen_parts import check_encoded_by, encode_images
 from zimage_lit.stages.initial_weights import backbone_config, check_weights
 from zimage_lit.stages.optimizers import LearningRate, OptimizerSettings, build_optimizer, kind_of_states
 from zimage_lit.stages.reward_terms import RewardSettings, RewardTerm, check_reward, policy_losses, repeated
-from zimage_lit.stages.roles import FAKE, Layout, Roles, check_layout, continue_from, make_networks
+from zimage_lit.stages.roles import FAKE, Layout, Roles, check_layout, continue_from, fingerprints, make_networks
 
 ROLES = ("student", FAKE)  # those that are trained, in the order of their optimisers
 
@@ -129,7 +129,7 @@ class DMDRModule(LightningModule):
         self.seed = seed
         self.parallelize = parallelize or ParallelizeSettings()
         self.steps = dict.fromkeys(ROLES, 0)
-        self.frozen = ""  # fingerprint of the teacher's weights, where there are any
+        self.frozen: dict[str, str] = {}  # fingerprints of the weights that nobody trains
         self.student_figures: dict[str, Tensor | float] = {}  # of its last turn
         self.strict_loading = False  # on_load_checkpoint has compared the names
         self.backbone: S3DiT = None  # type: ignore[assignment]  # configure_model makes it, on the trainer's terms
@@ -154,8 +154,7 @@ class DMDRModule(LightningModule):
         networks = make_networks(self)
         for name, network in networks.items():
             setattr(self, name, network)
-        if trains or self.layout == "adapters":
-            self.frozen = base_fingerprint(base_weights(networks.get("teacher", networks.get(FAKE, self.backbone))))
+        self.frozen = fingerprints(networks, self.lora)
         if trains:
             fake = networks.get(FAKE, self.backbone)
             self.roles = Roles(self.layout, self.backbone, fake, networks.get("teacher", fake))
@@ -210,10 +209,11 @@ class DMDRModule(LightningModule):
 
     def check_base(self, checkpoint: dict[str, Any]) -> None:
         """UserError where a checkpoint was trained beside other frozen weights than those here."""
-        if self.frozen and checkpoint.get("frozen") != self.frozen:
+        stored = checkpoint.get("frozen", {})
+        if any(stored.get(name) != digest for name, digest in self.frozen.items()):
             raise UserError(
-                f"the checkpoint was trained with another teacher than init_from={self.init_from}: put the right one "
-                "back there, or name it."
+                f"the checkpoint was trained with another teacher or base than those of init_from={self.init_from} and "
+                f"student_init_from={self.student_init_from}: put the right ones back there, or name them."
             )
 
     def configure_callbacks(self) -> list[Any]:
@@ -538,11 +538,10 @@ class DMDRModule(LightningModule):
         return 0
 
     def configure_optimizers(self) -> Any:
-        if self.layout != "copies":
-            check_adapter_types(self.roles.networks[FAKE])
         configured = []
         for role in ROLES:
             settings = self.optimizer_settings[role]
+            check_adapter_types(self.roles.kept(role))
             steps = self.iterations() // (self.ratio if role == "student" else 1)
             optimizer = build_optimizer(self.roles.trained(role), settings, self.seed)
             configured.append({"optimizer": optimizer, "lr_scheduler": LearningRate(optimizer, steps, settings)})

@@ -20,6 +20,7 @@ from zimage_lit.lora import (
     base_weights,
     check_adapter_types,
     is_adapter,
+    kept_weights,
 )
 from zimage_lit.objectives import flow_matching
 from zimage_lit.objectives.timesteps import TimestepLaw
@@ -206,7 +207,7 @@ class FlowMatchingModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         total_steps = self.total_steps()
         if self.lora:
-            check_adapter_types(self.backbone)
+            check_adapter_types(kept_weights(self.backbone))
         optimizer = build_optimizer(self.backbone, self.optimizer_settings, self.seed)
         schedule = LearningRate(optimizer, total_steps, self.optimizer_settings)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

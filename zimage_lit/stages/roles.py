@@ -3,11 +3,15 @@
 layout      student               fake score                      teacher                 for each parameter
 copies      a network             a network                       a frozen network        34 bytes
 fake_lora   a network             LoRA on the frozen network      the frozen network      18 bytes, and the LoRA
+            LoRA on another one                                                           4 bytes, and both LoRAs
 adapters    LoRA on the frozen    another LoRA on the same one    the frozen network      2 bytes, and both LoRAs
 
-Bytes with AdamW, float32 masters and the frozen weights in bfloat16; the average of the student's weights takes 4 more
-for each of its own. Whose turn it is never changes what requires a gradient: the turn of one role runs the others
-without a graph, and adapters are chosen at each forward.
+With `fake_lora` the student may be a LoRA on a model that has been distilled already (`student_init_from`): for tuning
+that without losing its few steps. Bytes with AdamW, float32 masters and the frozen weights in bfloat16; the average of
+the student's weights takes 4 more for each of its own.
+
+Whose turn it is never changes what requires a gradient: the turn of one role runs the others without a graph, and
+adapters are chosen at each forward.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,6 +29,7 @@ from zimage_lit.lora import (
     TRAINED,
     LoRASettings,
     adapter_of,
+    base_fingerprint,
     base_weights,
     is_adapter,
     kept_weights,
@@ -83,12 +88,19 @@ class Roles:
         return base_weights(self.networks["teacher"])
 
 
+def fingerprints(networks: Mapping[str, S3DiT], lora: LoRASettings | None) -> dict[str, str]:
+    """What is frozen -> the digest of its weights, of the networks that `make_networks` has made: a LoRA's base, and
+    the teacher where there is one."""
+    frozen = {"teacher": networks.get("teacher", networks.get(FAKE)), "student": networks["backbone"] if lora else None}
+    return {name: base_fingerprint(base_weights(network)) for name, network in frozen.items() if network is not None}
+
+
 def check_layout(layout: str, lora: LoRASettings | None, fake_lora: LoRASettings | None, dynamic: bool) -> None:
     """UserError for an unknown layout, and for settings that it has no use for or lacks."""
     key = "model.init_args"
     if layout not in LAYOUTS:
         raise UserError(f"{key}.layout must be one of {', '.join(LAYOUTS)}, not {layout}.")
-    if (layout == "adapters") != (lora is not None):
+    if layout != "fake_lora" and (layout == "adapters") != (lora is not None):
         verb = "needs" if layout == "adapters" else "has no use for"
         raise UserError(
             f"{key}.layout={layout} {verb} {key}.lora, the student's: {_cure(layout == 'adapters', 'lora')}"
@@ -127,7 +139,8 @@ def make_networks(stage: Any) -> dict[str, S3DiT]:
         networks = {"backbone": stage_backbone(stage, source, adapters, dtype)}
         share_backbone(networks["backbone"], TRAINED)
         return networks
-    networks = {"backbone": stage_backbone(stage, student_source, {})}
+    adapters = {TRAINED: stage.lora} if stage.lora else {}
+    networks = {"backbone": stage_backbone(stage, student_source, adapters, dtype if stage.lora else None)}
     if trains and stage.layout == "fake_lora":
         networks[FAKE] = stage_backbone(stage, source, {FAKE: stage.fake_lora}, dtype)
         share_backbone(networks[FAKE], FAKE)
