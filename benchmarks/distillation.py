@@ -7,10 +7,10 @@
 The teacher is a quickstart (`--teacher`, trained if missing). Every arm is one `lightning run` in a folder of its own
 below --folder; arms that are finished are not run again, and a killed one goes on, so the same command continues.
 
-All are judged on the same held-out prompts and noise, PICTURES of each prompt, against real pictures of the same prompts
-(after the codec and back): KID, diversity and the rest on the features of a classifier that no arm has seen; accuracy by
-TinyWorld's verifier and GenEval's rules. 95 % intervals resample prompts, the same prompts in every arm. The bars stand
-in BARS and were fixed before the first arm ran. Prints tables; writes distillation.json and, for fronts, front.png.
+All are judged on the same held-out prompts and noise, PICTURES of each prompt, against real pictures of the same
+prompts (after the codec and back): KID, diversity and the rest on the features of a classifier that no arm has seen;
+accuracy by TinyWorld's verifier and GenEval's rules. 95 % intervals resample prompts, the same prompts in every arm.
+The bars stand in BARS and were fixed before the first arm ran. Prints tables; writes distillation.json.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from evaluation.fidelity.comparison import (
 )
 from evaluation.fidelity.tinyworld_classifier import TinyWorldClassifier, as_input, obtain
 from zimage_lit import cli
+from zimage_lit.config import compose
 from zimage_lit.pipeline import ZImagePipeline
 
 sys.path.insert(0, str(Path(__file__).parent))  # where class paths of the controls are found
@@ -110,7 +111,7 @@ class Bench:
     def words(self, arm: Arm) -> list[str]:
         """The experiment and the settings of an arm."""
         begins = next((other for other in ARMS if other.name == arm.begins_from), None)
-        return [
+        words = [
             "tiny/dmdr",
             f"run.name=distillation/seed-{self.seed}/{arm.name}",
             f"run.output_dir={self.output(arm)}",
@@ -118,11 +119,15 @@ class Bench:
             f"model.init_args.init_from={self.teacher}",
             *([f"model.init_args.student_init_from={self.output(begins)}/checkpoints/last.ckpt"] if begins else []),
             f"model.init_args.rollout.num_inference_steps={arm.steps}",
-            *([f"model.class_path={CONTROL_MODULE}.{arm.control}"] if arm.control else []),
             *arm.settings,
             *(f"trainer.callbacks.{name}=null" for name in ("score", "fidelity", "report")),
             *self.overrides,
         ]
+        if arm.control:  # another class takes none of the settings by itself
+            init_args = compose(words[0], words[1:])["model"]["init_args"]
+            model = {"class_path": f"{CONTROL_MODULE}.{arm.control}", "init_args": init_args}
+            words.append(f"model={json.dumps(model)}")
+        return words
 
     def run(self, arm: Arm) -> None:
         words = self.words(arm)
@@ -256,8 +261,7 @@ def verdicts(rows: dict[str, dict[str, Estimate]]) -> list[dict[str, Any]]:
         met = estimate.value >= bar if side == "at least" else estimate.value <= bar
         spread = f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
         print(f"| {what}: {side} {bar:g} | {spread} | {'yes' if met else 'no'} |")
-        found.append({"bar": what, side: bar, "value": estimate.value, "low": estimate.low, "high": estimate.high,
-                      "met": bool(met)})  # fmt: skip
+        found.append({"bar": what, side: bar, **numbers(estimate), "met": bool(met)})
     return found
 
 
@@ -297,8 +301,13 @@ def report(bench: Bench, groups: Sequence[str]) -> dict[str, Any]:
     floor = compare(real_pictures(bench, PICTURES), real, COMPARISON)
     print(f"\nreal against real: KID {floor['kid'].value:.4f}, diversity {floor['diversity'].value:.3f}")
     table(rows, evaluations)
-    plain = {label: {name: vars(e) | {"replicates": None} for name, e in found.items()} for label, found in rows.items()}
-    return {"seed": bench.seed, "arms": plain, "bars": verdicts(rows), "speed": speed(bench) if "main" in groups else None}
+    plain = {label: {name: numbers(found[name]) for name in found} for label, found in rows.items()}
+    faster = speed(bench) if "main" in groups else None
+    return {"seed": bench.seed, "arms": plain, "bars": verdicts(rows), "speed": faster}
+
+
+def numbers(estimate: Estimate) -> dict[str, float]:
+    return {name: float(getattr(estimate, name)) for name in ("value", "low", "high")}
 
 
 def arms_of(groups: Sequence[str], seed: int) -> list[Arm]:

@@ -1,4 +1,4 @@
-"""DMDRModule with one thing wrong or left out, for the controls of distillation.py: named there as `model.class_path`."""
+"""DMDRModule with one thing wrong or left out: the controls of distillation.py, which names them in its arms."""
 
 from dataclasses import replace
 from typing import Any
@@ -33,7 +33,7 @@ class SwappedSign(DMDRModule):
 
 
 class NotRenoised(DMDRModule):
-    """In the roll-outs of training a step gets the clean sample of the step before it as it is; in serving it does not."""
+    """In the roll-outs of training a step gets the clean sample of the one before as it is, in serving it does not."""
 
     @torch.no_grad()
     def simulate(self, noise: list[Tensor], features: list[Tensor], grid: Tensor, step: int) -> list[Tensor]:
@@ -55,7 +55,7 @@ class RewardAlone(DMDRModule):
 class RewardAndL2(RewardAlone):
     """In place of distribution matching the distance from what the student drew from the same noise when it began.
 
-    `init_from` is that student: it takes the teacher's place. `l2` is a setting of the class, for a class path has none.
+    `init_from` is that student: it takes the teacher's place.
     """
 
     l2 = 1.0
@@ -64,7 +64,8 @@ class RewardAndL2(RewardAlone):
         self, generated: Generated, batch: dict[str, Any], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         losses, figures = super().student_losses(generated, batch, step)
-        return losses + self.l2 * flow_matching.loss(generated.clean, self.drawn_at_first(generated, batch, step)), figures
+        distances = flow_matching.loss(generated.clean, self.drawn_at_first(generated, batch, step))
+        return losses + self.l2 * distances, figures
 
     @torch.no_grad()
     def drawn_at_first(self, generated: Generated, batch: dict[str, Any], step: int) -> list[Tensor]:

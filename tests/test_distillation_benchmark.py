@@ -1,0 +1,147 @@
+"""The benchmark of distillation, made small: arms run once, judged on the same pictures, and what controls break."""
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation.fidelity.comparison import ComparisonSettings
+from evaluation.fidelity.tinyworld_classifier import ClassifierConfig, TinyWorldClassifier
+from zimage_lit import cli
+from zimage_lit.backbone import S3DiT
+from zimage_lit.config import compose
+
+NETWORK = "{preset: tiny, dim: 64, n_layers: 1, n_heads: 2, n_kv_heads: 2, pad_multiple: 8}"
+SHARED = [
+    f"model.init_args.backbone={NETWORK}",
+    "data.init_args.num_samples=80",
+    "data.init_args.num_val_samples=4",
+    "data.init_args.batch_size=4",
+    "trainer.accelerator=cpu",
+    "trainer.logger=false",
+    "trainer.enable_progress_bar=false",
+    "trainer.callbacks.samples.init_args.prompts=[a photo of a circle]",
+]
+SMALL = [*SHARED, "trainer.max_steps=2", "model.init_args.ratio=1"]
+TEACHER = [
+    "quickstart",
+    *SHARED,
+    "model.init_args.optimizer.name=adamw",
+    "trainer.max_steps=1",
+    "trainer.callbacks.score=null",
+    "trainer.callbacks.report=null",
+]
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks/distillation.py"
+    specification = importlib.util.spec_from_file_location("distillation_benchmark", path)
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["distillation_benchmark"] = module  # its dataclasses look there
+    specification.loader.exec_module(module)
+    module.COMPARISON = ComparisonSettings(kid_subsets=2, resamples=20)
+    return module
+
+
+@pytest.fixture
+def small(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Two pictures of each prompt, a classifier that has learnt nothing, a teacher that has hardly learnt more."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "PICTURES", 2)
+    monkeypatch.setattr(benchmark, "ASKED", [asked for asked in benchmark.statements() for _ in range(2)])
+    monkeypatch.setattr(benchmark, "NUMBERS", np.repeat(np.arange(len(benchmark.statements())), 2))
+    monkeypatch.setattr(benchmark, "TEACHER_STEPS", (4, 100))
+    monkeypatch.setattr(benchmark, "STUDENT_STEPS", (4, 8))
+    monkeypatch.setattr(benchmark, "obtain", lambda _: TinyWorldClassifier(ClassifierConfig()).eval())
+    assert cli.main(["run", *TEACHER]) == 0
+    return benchmark
+
+
+def test_arms_are_run_once_and_judged_on_the_same_pictures(
+    small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["distillation.py", "main", "--set", *SMALL])
+    monkeypatch.setattr(small, "speed", lambda _: 20.0)
+    small.main()
+    (seed,) = json.loads((tmp_path / "outputs/distillation/distillation.json").read_text())
+    students = {f"student-{grid} at {steps}" for grid in (4, 8) for steps in (4, 8)}
+    assert set(seed["arms"]) == {"teacher at 4", "teacher at 100"} | students
+    for found in seed["arms"].values():
+        assert all(value["low"] <= value["value"] <= value["high"] for value in found.values())
+    drawn = tmp_path / "outputs/distillation/seed-0/student-8/judged-8.npz"
+    before = drawn.stat().st_mtime_ns
+    capsys.readouterr()
+    small.main()
+    printed = capsys.readouterr().out
+    assert printed.count("is finished") == 2 and drawn.stat().st_mtime_ns == before
+    assert printed.count(" | yes |") + printed.count(" | no |") == len(seed["bars"])
+
+
+SEED = 2  # whose first iteration asks the student at a later step than the first
+BRIGHT = [  # with a weight of 0 nothing is gained by it
+    "model.init_args.reward={form: backprop, weight: 0}",
+    "trainer.callbacks+=zimage_lit.rewards.controls.Brightness",
+]
+
+
+def test_controls_differ_from_the_stage_in_one_thing(small: ModuleType, tmp_path: Path) -> None:
+    """One iteration each, from the same teacher, with the same noise."""
+    learnt = {"": after_one_iteration(small, tmp_path, None)}
+    for control in ("FrozenFakeScore", "SwappedSign"):
+        learnt[control] = after_one_iteration(small, tmp_path, control)
+    assert torch.equal(learnt["FrozenFakeScore"]["fake_score"], learnt["FrozenFakeScore"]["teacher"])
+    assert not torch.equal(learnt[""]["fake_score"], learnt[""]["teacher"])
+    assert torch.equal(learnt["FrozenFakeScore"]["backbone"], learnt[""]["backbone"])  # it learns before the fake score
+    moved, back = (learnt[name]["backbone"] - learnt[name]["teacher"] for name in ("", "SwappedSign"))
+    assert moved.abs().max() > 0 and torch.allclose(back, -moved, atol=1e-7)
+
+    renoised, not_renoised = (
+        after_one_iteration(small, tmp_path, control, small.RENOISE) for control in (None, "NotRenoised")
+    )
+    assert not torch.equal(renoised["backbone"], not_renoised["backbone"])
+
+    alone = after_one_iteration(small, tmp_path, "RewardAlone", BRIGHT)
+    assert torch.equal(alone["backbone"], alone["teacher"])  # nothing but the reward moves it
+    begun = f"model.init_args.student_init_from={tmp_path}/arms/seed-{SEED}/None/checkpoints/last.ckpt"
+    away = after_one_iteration(small, tmp_path, "RewardAlone", [*BRIGHT, begun])["backbone"]
+    held = after_one_iteration(small, tmp_path, "RewardAndL2", [*BRIGHT, begun])["backbone"]
+    assert not torch.equal(away, held)  # drawn back to where the student of init_from is
+
+
+def after_one_iteration(
+    small: ModuleType, folder: Path, control: str | None, settings: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Role -> its weights in one row."""
+    number = len(list((folder / f"arms/seed-{SEED}").glob("*"))) if settings else control
+    arm = small.Arm(str(number), "main", 4, tuple(settings), control)
+    settings = [*SMALL, "trainer.max_steps=1"]
+    bench = small.Bench(folder / "arms", folder / "outputs/quickstart/pipeline", SEED, settings, None)
+    bench.run(arm)
+    state = torch.load(bench.output(arm) / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    teacher = S3DiT.from_pretrained(bench.teacher / "transformer").state_dict()
+    roles = {role: [state[f"{role}.{name}"].flatten() for name in teacher] for role in ("backbone", "fake_score")}
+    return {role: torch.cat(rows) for role, rows in roles.items()} | {
+        "teacher": torch.cat([weight.flatten() for weight in teacher.values()])
+    }
+
+
+def test_the_prompts_are_held_out_and_cover_all_tasks(benchmark: ModuleType) -> None:
+    asked = benchmark.statements()
+    assert {metadata["tag"] for metadata in asked} == set(benchmark.GENEVAL_TASKS)
+    assert len({metadata["prompt"] for metadata in asked}) == len(asked)
+
+
+def test_experiments_of_all_arms_compose(benchmark: ModuleType) -> None:
+    bench = benchmark.Bench(Path("out"), Path("teacher"), 3, [], None)
+    for arm in benchmark.ARMS:
+        config = compose(bench.words(arm)[0], bench.words(arm)[1:])
+        assert config["model"]["init_args"]["rollout"]["num_inference_steps"] == arm.steps
