@@ -120,6 +120,20 @@ def test_what_others_take_from_a_removed_callback_stays(experiments: Path) -> No
     assert again["trainer"]["callbacks"]["two"]["init_args"] == {"steps": 3}
 
 
+def test_a_callback_is_added_without_a_name_and_has_that_of_its_class(experiments: Path) -> None:
+    write(experiments, "top", "trainer: {callbacks: {one: {class_path: a.One}}}")
+    added = "trainer.callbacks+={class_path: b.JPEGSize, init_args: {quality: 90}}"
+    words = ["trainer.callbacks+=b.JPEGSize", added, "trainer.callbacks.jpeg_size.init_args.quality=80"]
+    assert compose("top", words)["trainer"]["callbacks"] == {
+        "one": {"class_path": "a.One"},
+        "jpeg_size": {"class_path": "b.JPEGSize", "init_args": {"quality": 80}},
+        "jpeg_size_2": {"class_path": "b.JPEGSize", "init_args": {"quality": 90}},
+    }
+    for wrong in ("trainer.callbacks+=3", "trainer.callbacks+={init_args: {}}"):
+        assert "adds a class: give package.module.Class" in refused(compose, "top", [wrong])
+    assert "trainer.max_steps+ " in refused(check_config, compose("top", ["trainer.max_steps+=3"]))
+
+
 def test_a_plain_list_of_callbacks_is_handed_on_unchanged(experiments: Path) -> None:
     write(experiments, "top", "trainer: {callbacks: [{class_path: a.One}]}")
     assert callback_list(compose("top"))["trainer"]["callbacks"] == [{"class_path": "a.One"}]

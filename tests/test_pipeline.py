@@ -203,6 +203,7 @@ def test_prompt_seed_guidance_and_negative_prompt_all_matter(own):
         "num_inference_steps": own("a red circle", seed=1, num_inference_steps=4, guidance_scale=3.0),
         "solver": own("a red circle", seed=1, solver="heun", **QUICK),
         "eta": own("a red circle", seed=1, solver="cps", eta=0.3, **QUICK),
+        "renoise": own("a red circle", seed=1, solver="renoise", **QUICK),
     }
     for name, pictures in others.items():
         assert not np.array_equal(base, pixels(pictures)[0]), name

@@ -4,8 +4,9 @@ import math
 import time
 
 import torch
+from toys import ToyModule
 
-from zimage_lit.rewards import PairwiseReward, RewardCallback
+from zimage_lit.rewards import PairwiseReward, RewardCallback, RewardSet
 
 
 class Warmth(RewardCallback):
@@ -79,3 +80,18 @@ class Root(RewardCallback):
 
     def score(self, images, prompts, metadata):
         return torch.stack([image.mean().sqrt() for image in images])
+
+
+class RewardedModule(ToyModule):
+    """A stage as rewards see it: two pictures a step, one group, judged and logged."""
+
+    def on_train_start(self):
+        self.rewards = RewardSet.of_run(self.trainer)
+        self.rewards.forget_after(self.global_step)
+
+    def training_step(self, batch, batch_idx):
+        images = [torch.full((3, 4, 4), 10 * self.global_step + i, dtype=torch.uint8) for i in (0, 5)]
+        scores = self.rewards.score(images, ["a", "a"], group_ids=torch.zeros(2).long(), step=self.global_step + 1)
+        self.log_dict(self.rewards.logged(scores))
+        assert self.rewards.combined_advantages(scores, torch.zeros(2).long()).sum() == 0
+        return super().training_step(batch, batch_idx)

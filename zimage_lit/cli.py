@@ -75,7 +75,8 @@ usage: {program} run NAME [key=value …]    run an experiment or a task
 
 NAME is an experiment (./experiments/NAME.yaml, else one shipped with zimage-lit), the path of a .yaml file, or a task.
 key=value changes one setting: trainer.max_steps=100, data.init_args.num_workers=2, trainer.callbacks.NAME=null (removes
-a callback); naming another class_path drops the arguments of the class it replaces.
+a callback), trainer.callbacks+=my_module.MyClass (adds one); naming another class_path drops the arguments of the class
+it replaces.
 run.resume=auto (default) continues an unfinished run, run.resume=never moves the old folder aside and starts over,
 run.resume=PATH continues from that checkpoint."""
 

@@ -256,7 +256,11 @@ WORDS = {"null": None, "true": True, "false": False}
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """`["a.b=1", "a.c=[x, y]"]` -> `{"a": {"b": 1, "c": ["x", "y"]}}`."""
+    """`["a.b=1", "a.c=[x, y]"]` -> `{"a": {"b": 1, "c": ["x", "y"]}}`.
+
+    `trainer.callbacks+=package.module.TheClass`, or `+={class_path: …, init_args: …}`, adds a callback as `the_class`,
+    or changes the one that the experiment has under that name.
+    """
     settings: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -265,10 +269,25 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if not equals or not all(key.split(".")):
             raise UserError(f"'{override}' is not of the form key=value, such as trainer.max_steps=100")
         value = parse_value(text, key)
+        if key == "trainer.callbacks+":
+            key, value = added_callback(value, callbacks_of(settings) or {})
         for part in reversed(key.split(".")):
             value = {part: value}
         settings = merge(settings, value)
     return settings
+
+
+def added_callback(value: Any, there: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(key, component) of a callback that is added without a name: it has that of its class, `…_2` where that is taken.
+
+    there: callbacks that earlier overrides name.
+    """
+    component = {"class_path": value} if isinstance(value, str) else value
+    if not isinstance(component, dict) or not isinstance(component.get("class_path"), str):
+        raise UserError("trainer.callbacks+= adds a class: give package.module.Class, or {class_path: …, init_args: …}")
+    name = snake_case(component["class_path"].rpartition(".")[2])
+    names = [name, *(f"{name}_{number}" for number in range(2, len(there) + 2))]
+    return f"trainer.callbacks.{next(free for free in names if free not in there)}", component
 
 
 def parse_value(text: str, key: str) -> Any:
@@ -353,6 +372,11 @@ def as_typed(value: Any) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def snake_case(name: str) -> str:
+    """JPEGSize -> jpeg_size."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def one_line(error: object) -> str:

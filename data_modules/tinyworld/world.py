@@ -11,6 +11,7 @@ and beside no other object, not even aslant. A picture is 64x64 pixels, or any o
 side, by the same rules.
 """
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,27 @@ def draw(
     check_size(size)
     rng = random.Random(f"tinyworld/{seed}/{split}/{index}")
     drawn_task = _weighted_task(rng.random(), task_weights)
-    statement = pick(rng, fitting_statements(task or drawn_task, split, size[0]))
+    return _shown(pick(rng, fitting_statements(task or drawn_task, split, size[0])), size, rng)
+
+
+def draw_statement(metadata: Metadata, index: int, seed: int = 0, size: Size = DEFAULT_SIZE) -> TinyWorldSample:
+    """Picture number `index` of the endless many that show one statement: a pure function of its arguments.
+
+    What the statement leaves open (places, colours, background) is drawn anew for each. A "prompt" in the metadata is
+    not looked at. Raises ValueError for a negative index, a size that does not exist, and a word too long for it.
+    """
+    if index < 0:
+        raise ValueError(f"TinyWorld has pictures 0, 1, 2 and so on of a statement, no picture {index}.")
+    check_size(size)
+    statement = {key: value for key, value in metadata.items() if key != "prompt"}
+    if _word_width(statement) > size[0]:
+        raise ValueError(f"the word {statement['text']} is wider than a picture of {size[0]} pixels.")
+    rng = random.Random(f"tinyworld statement/{seed}/{index}/{json.dumps(statement, sort_keys=True)}")
+    return _shown(statement, size, rng)
+
+
+def _shown(statement: Metadata, size: Size, rng: random.Random) -> TinyWorldSample:
+    """A picture of what a statement says, with its captions."""
     metadata = {**statement, "prompt": prompt(statement)}
     canvas, background = _canvas(size, rng)
     if metadata["tag"] == "word":
@@ -139,9 +160,12 @@ def check_size(size: Size) -> None:
 @cache
 def fitting_statements(task: str, split: Split, width: int) -> tuple[Metadata, ...]:
     """What a split may say in a task in pictures of this width, in pixels: all but the words that are wider."""
-    return tuple(
-        statement for statement in statements(task, split) if PITCH * len(statement.get("text", "")) - BLOCK <= width
-    )
+    return tuple(statement for statement in statements(task, split) if _word_width(statement) <= width)
+
+
+def _word_width(statement: Metadata) -> int:
+    """Pixels across of a statement's word, if it is one."""
+    return PITCH * len(statement.get("text", "")) - BLOCK
 
 
 def heldout_prompts(per_task: int, seed: int = 0, language: str = "en", width: int = IMAGE_SIZE) -> list[Metadata]:

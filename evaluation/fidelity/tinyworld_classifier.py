@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from data_modules.tinyworld.combinations import CLASSES, COLORS
+from data_modules.tinyworld.combinations import CLASSES, COLORS, Metadata
 from data_modules.tinyworld.glyphs import GLYPHS
 from data_modules.tinyworld.world import CELL, OBJECT_SIZE
 from zimage_lit.errors import UserError, at_least_one
@@ -260,6 +260,16 @@ def read_words(judgement: Judgement) -> list[str | None]:
         in_line = len({row for row, _ in places}) == 1 and columns == list(range(columns[0], columns[-1] + 1, 2))
         words.append("".join(LETTERS[int(best[row, column])] for row, column in places) if in_line else None)
     return words
+
+
+def judge(judgement: Judgement, metadata: Sequence[Metadata]) -> list[dict[str, Any]]:
+    """One record a picture for scoring, as the verifier's `judge` gives: detections, or the word that was read."""
+    return [
+        {"metadata": asked, "read": word, "correct": word == asked["text"]}
+        if asked["tag"] == "word"
+        else {"metadata": asked, "detections": objects}
+        for asked, objects, word in zip(metadata, detect(judgement), read_words(judgement), strict=True)
+    ]
 
 
 def letter_corner(row: int, column: int) -> tuple[int, int]:

@@ -33,9 +33,11 @@ from data_modules.tinyworld.world import (
     OBJECT_SIZE,
     TASK_WEIGHTS,
     draw,
+    draw_statement,
     heldout_prompts,
     shape_mask,
 )
+from evaluation.benchmarks import geneval
 from evaluation.benchmarks.geneval import relative_position
 
 ROOT = Path(__file__).parents[2]
@@ -356,6 +358,48 @@ def test_the_same_picture_is_drawn_where_nothing_is_said_and_where_the_default_i
     for index in range(20):
         same = draw(index, size=(IMAGE_SIZE, IMAGE_SIZE), task_weights=dict(TASK_WEIGHTS))
         assert digest([draw(index)]) == digest([same])
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_statement_is_drawn_again_and_again_and_never_the_same(task, split):
+    """Every picture shows the statement, and what it leaves open differs as in the stream of samples."""
+    metadata = draw(5, split=split, task=task).metadata
+    pictures = [draw_statement(metadata, index, seed=2) for index in range(24)]
+    assert all(picture.metadata == metadata for picture in pictures)
+    assert len({picture.image.tobytes() for picture in pictures}) == 24
+    if task == "word":
+        assert len({int(np.argmax(picture.image.max(axis=(1, 2)) > 120)) for picture in pictures}) == 3  # heights
+        return
+    for picture in pictures:
+        records = [{"metadata": metadata, "detections": detections_of(picture)}]
+        assert geneval.score(records)["overall"] == 1
+    assert len({picture.objects[0].box for picture in pictures}) > 3
+    stated = {clause.get("color") for clause in metadata["include"]}
+    colors = {picture.objects[0].color for picture in pictures}
+    assert colors <= stated if None not in stated else len(colors) > 2
+
+
+def detections_of(sample):
+    return [{"cls": item.name, "box": [*item.box, 1.0], "color": item.color} for item in sample.objects]
+
+
+def test_a_picture_of_a_statement_depends_on_nothing_but_its_arguments():
+    metadata = draw(0, task="counting").metadata
+    bare = {key: value for key, value in metadata.items() if key != "prompt"}
+    drawn = draw_statement(metadata, 3, seed=1, size=(96, 64))
+    assert drawn.image.shape == (64, 96, 3)
+    assert digest([drawn]) == digest([draw_statement(bare, 3, seed=1, size=(96, 64))])
+    assert digest([drawn]) != digest([draw_statement(metadata, 3, seed=2, size=(96, 64))])
+
+
+def test_a_picture_of_a_statement_that_cannot_be_drawn_is_refused():
+    with pytest.raises(ValueError, match="no picture -1"):
+        draw_statement({"tag": "word", "text": "A"}, -1)
+    with pytest.raises(ValueError, match="BIRD is wider than a picture of 48 pixels"):
+        draw_statement({"tag": "word", "text": "BIRD"}, 0, size=(48, 48))
+    with pytest.raises(ValueError, match="draws no picture of 40x40"):
+        draw_statement({"tag": "word", "text": "A"}, 0, size=(40, 40))
 
 
 def test_narrow_prompts_ask_for_words_that_fit():

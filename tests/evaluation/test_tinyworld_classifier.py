@@ -29,7 +29,7 @@ from evaluation.fidelity.tinyworld_classifier import (
     Judgement,
     TinyWorldClassifier,
     as_input,
-    detect,
+    judge,
     letter_corner,
     load_classifier,
     obtain,
@@ -76,12 +76,12 @@ def test_labels_of_the_world_satisfy_its_own_metadata(size: tuple[int, int]) -> 
     samples = [draw(i, split="heldout", task=task, size=size) for task in TASKS for i in range(8)]
     judgement = certain(labelled_world(samples))
     objects = [i for i, sample in enumerate(samples) if sample.objects]
-    found = detect(judgement)
-    records = [{"metadata": samples[i].metadata, "detections": found[i]} for i in objects]
-    assert geneval.score(records)["overall"] == 1
-    assert [tuple(d["box"][:4]) for d in found[0]] == [item.box for item in samples[0].objects]
-    words = [sample.metadata["text"] for sample in samples if not sample.objects]
-    assert [word for word in read_words(judgement) if word] == words
+    records = judge(judgement, [sample.metadata for sample in samples])
+    assert geneval.score([records[i] for i in objects])["overall"] == 1
+    assert [tuple(d["box"][:4]) for d in records[0]["detections"]] == [item.box for item in samples[0].objects]
+    assert all(record["correct"] for record in records if "read" in record) and len(objects) < len(records)
+    others = judge(judgement, [sample.metadata for sample in reversed(samples)])
+    assert geneval.score([others[i] for i in range(len(samples)) if "detections" in others[i]])["overall"] < 0.5
 
 
 def test_a_lattice_holds_the_shapes_that_its_labels_say() -> None:

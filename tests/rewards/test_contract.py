@@ -99,6 +99,14 @@ def test_scores_are_those_of_the_formula_on_pictures_of_any_sizes() -> None:
     assert scores["warmth"].dtype == torch.float32
 
 
+def test_only_the_rewards_that_are_named_are_asked(tmp_path: Path) -> None:
+    red = Red()
+    rewards = RewardSet([red, Warmth()], RewardRecord(tmp_path / "r.jsonl"))
+    assert list(rewards.score(pictures(1), named("a"), names=["warmth"])) == ["warmth"] and not red.calls
+    (line,) = (tmp_path / "r.jsonl").read_text().splitlines()
+    assert list(json.loads(line)["scores"]) == ["warmth"]
+
+
 def test_calls_hold_batch_size_pictures_and_none_is_lost() -> None:
     red = Red(batch_size=4)
     prompts = [str(place) for place in range(10)]
@@ -152,7 +160,7 @@ def test_a_raising_reward_stops_the_run_with_its_name_its_error_and_its_line() -
 
 def test_a_raising_reward_that_is_not_required_has_no_judgement_and_is_counted() -> None:
     rewards = RewardSet([Raising(required=False), Red()])
-    with pytest.warns(UserWarning, match="raising failed.*: 2 pictures go without its judgement"):
+    with pytest.warns(UserWarning, match="raising failed.*: 2 of its judgements are missing"):
         scores = rewards.score(pictures(1, 2), named("a", "b"))
     assert scores["raising"].isnan().all() and scores["red"].tolist() == [1, 2]
     logged = rewards.logged(scores)
@@ -421,6 +429,9 @@ def test_the_record_says_what_scored_what(tmp_path: Path) -> None:
     assert lines[0]["scores"]["not_a_number"]["score"] is None
     assert lines[1]["scores"]["warmth"]["score"] == scores["warmth"][1].item()
     assert lines[1]["scores"]["warmth"]["version"].startswith("toy_rewards.Warmth-")
+    second = SimpleNamespace(callbacks=[Warmth()], default_root_dir=str(tmp_path), global_rank=1)
+    RewardSet.of_run(second).score(pictures(1), ["圆形"])  # another rank, the same prompt: a file of its own
+    assert len((tmp_path / "rewards/rank-1.jsonl").read_text("utf-8").splitlines()) == 1
 
 
 def test_the_record_leaves_out_rewards_that_do_not_apply(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_server_that_stays_away_stops_the_run_or_is_done_without() -> None:
         lenient.prepare("cpu")
     with pytest.raises(UserError, match=r"strict failed \(.*/score does not answer .*after 0 s of asking\)"):
         RewardSet([strict]).score(noise(1), ["a"])
-    with pytest.warns(UserWarning, match="1 pictures go without its judgement"):
+    with pytest.warns(UserWarning, match="1 of its judgements are missing"):
         assert RewardSet([lenient]).score(noise(1), ["a"])["remote"].isnan().all()
     with pytest.raises(UserError, match="start its server, or mend the url"):
         RemoteReward(url, wait=0).prepare("cpu")

@@ -42,15 +42,16 @@ def test_a_sample_does_not_depend_on_its_batch():
         assert torch.equal(latents, alone[0])
 
 
-def test_noise_drawn_anew_belongs_to_the_sample_and_not_to_its_batch():
+@pytest.mark.parametrize("solver", [{"solver": "cps", "eta": 0.5}, {"solver": "renoise"}])
+def test_noise_drawn_anew_belongs_to_the_sample_and_not_to_its_batch(solver):
     starts = noises([1, 2, 3], [(4, 2, 2), (4, 2, 4), (4, 6, 2)])
-    settings = {"num_inference_steps": 4, "solver": "cps", "eta": 0.5}
+    settings = {"num_inference_steps": 4, **solver}
     together = sample(backbone, CAPTIONS, starts, seeds=[1, 2, 3], **settings)
     for i, latents in enumerate(together):
         assert torch.equal(latents, sample(backbone, [CAPTIONS[i]], [starts[i]], seeds=[i + 1], **settings)[0])
     other = sample(backbone, CAPTIONS, starts, seeds=[1, 2, 4], **settings)
     assert torch.equal(other[0], together[0]) and not torch.equal(other[2], together[2])
-    with pytest.raises(ValueError, match="needs the seed of each of 3 samples"):
+    with pytest.raises(ValueError, match=f"{solver['solver']} needs the seed of each of 3 samples"):
         sample(backbone, CAPTIONS, starts, **settings)
 
 
@@ -60,6 +61,7 @@ def test_noise_drawn_anew_belongs_to_the_sample_and_not_to_its_batch():
         ({"solver": "rk4"}, "solver must be one of euler, heun, cps, renoise, not rk4"),
         ({"solver": "cps", "eta": 1.5}, r"eta must lie in \[0, 1\]"),
         ({"solver": "heun", "eta": 0.5}, "eta=0.5 means nothing to the solver heun"),
+        ({"solver": "renoise", "eta": 1.0}, "eta=1.0 means nothing to the solver renoise"),
     ],
 )
 def test_a_solver_that_cannot_be_is_refused(settings, message):

@@ -1,63 +1,13 @@
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from mixtures import one_dimensional, two_dimensional
 
 from zimage_lit.sampling import sigmas
-from zimage_lit.sampling.solvers import cps, euler, heun
+from zimage_lit.sampling.solvers import cps, euler, heun, renoise
 
 SOLVERS = {"euler": (euler, 1), "heun": (heun, 2)}
-
-
-@dataclass
-class Mixture:
-    """A Gaussian mixture, for which the marginal velocity of flow matching is known in closed form.
-
-    x1 ~ Σ_k weights_k · N(means_k, stds_k² I); weights and stds (K,), means (K, D).
-    """
-
-    weights: Tensor
-    means: Tensor
-    stds: Tensor
-
-    def velocity(self, x: Tensor, t: float) -> Tensor:
-        """E[x1 − x0 | x_t = x] for x (N, D): each component's linear field, weighed by its posterior at x."""
-        variance = t**2 * self.stds**2 + (1 - t) ** 2  # of x_t given the component
-        offset = x[:, None] - t * self.means  # (N, K, D)
-        log_density = -offset.square().sum(-1) / (2 * variance) - x.shape[1] / 2 * variance.log()
-        posterior = torch.softmax(self.weights.log() + log_density, dim=1)
-        slope = (t * self.stds**2 - (1 - t)) / variance
-        return (posterior[..., None] * (self.means + slope[:, None] * offset)).sum(1)
-
-    def mean(self) -> Tensor:
-        return self.weights @ self.means
-
-    def covariance(self) -> Tensor:
-        centred = self.means - self.mean()
-        within = (self.weights * self.stds**2).sum() * torch.eye(self.means.shape[1], dtype=self.means.dtype)
-        return within + torch.einsum("k,ki,kj->ij", self.weights, centred, centred)
-
-    def cumulative(self, x: Tensor) -> Tensor:
-        """Distribution function in one dimension, x (N,)."""
-        return (self.weights * torch.special.ndtr((x[:, None] - self.means[:, 0]) / self.stds)).sum(1)
-
-
-def two_dimensional() -> Mixture:
-    return Mixture(
-        weights=torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
-        means=torch.tensor([[2.0, 0.0], [-1.0, 1.5], [0.0, -2.0]], dtype=torch.float64),
-        stds=torch.tensor([0.4, 0.7, 0.3], dtype=torch.float64),
-    )
-
-
-def one_dimensional() -> Mixture:
-    return Mixture(
-        weights=torch.tensor([0.6, 0.4], dtype=torch.float64),
-        means=torch.tensor([[1.0], [-1.2]], dtype=torch.float64),
-        stds=torch.tensor([0.8, 0.6], dtype=torch.float64),
-    )
 
 
 @pytest.mark.parametrize(("solver", "steps"), [(euler, 200), (heun, 40)])
@@ -163,6 +113,17 @@ def test_cps_is_its_formula_written_out(eta):
             x = (1 - levels[i + 1]) * clean + levels[i + 1] * noise
         torch.testing.assert_close(ends[place], x)
     assert seen == [0, 1, 2]
+
+
+def test_renoise_is_its_formula_written_out():
+    latents, levels = [torch.randn(4, 2, 2), torch.randn(4, 2, 6)], sigmas(3, 2.0).tolist()
+    draw = fresh_noise(latents)
+    ends = renoise(lambda xs, t: [t - 0.5 * x for x in xs], latents, levels, fresh_noise=draw)
+    for place, x in enumerate(latents):
+        for i in range(3):
+            clean = x + levels[i] * ((1 - levels[i]) - 0.5 * x)
+            x = (1 - levels[i + 1]) * clean + levels[i + 1] * draw(i)[place]
+        torch.testing.assert_close(ends[place], x)
 
 
 def test_the_state_is_float32_when_the_network_is_not():

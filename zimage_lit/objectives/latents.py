@@ -35,6 +35,8 @@ def check_pairs(first: Latents, second: Latents) -> None:
         raise ValueError("Latents must both be tensors (B, …) or both be lists of (C, H, W), not one of each.")
     if len(first) != len(second):
         raise ValueError(f"Two batches that belong together have {len(first)} and {len(second)} samples.")
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape == second.shape:
+        return  # without a look at every sample
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
         if a.shape != b.shape:
             raise ValueError(f"Sample {i} has shape {tuple(a.shape)} on one side and {tuple(b.shape)} on the other.")

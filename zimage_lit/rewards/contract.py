@@ -26,6 +26,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from zimage_lit.config import snake_case
 from zimage_lit.errors import UserError, at_least_one
 
 Metadata = Mapping[str, Any]
@@ -205,13 +206,8 @@ def check_settings(reward: RewardCallback) -> None:
         raise UserError(f"{place}: name may hold letters, digits, dots, dashes and underscores only.")
 
 
-def snake_case(name: str) -> str:
-    """JPEGSize -> jpeg_size."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-
-
 def digest_of(reward: RewardCallback) -> str:
-    """Eight hexadecimal digits that depend on the source of a reward's class and on the arguments it was made with."""
+    """Eight hexadecimal digits that depend on the file of a reward's class and on the arguments it was made with."""
     kind: Any = type(reward)
     known = {name for name in constructor_arguments(kind) if name not in SETTINGS}
     own = {
@@ -225,9 +221,10 @@ def digest_of(reward: RewardCallback) -> str:
 
 @cache
 def source_of(reward_class: Any) -> str:
+    """The text of the class's whole file, for what it calls there decides on its scores as well."""
     try:
-        return inspect.getsource(reward_class)
-    except (OSError, TypeError):  # a class that was made at run time has no file
+        return inspect.getsource(inspect.getmodule(reward_class) or reward_class)
+    except (OSError, TypeError):  # typed in by hand, it has no file
         return ""
 
 

@@ -87,9 +87,9 @@ class Judge:
                 raise UserError(
                     f"{message}: mend it, or give it required: false, and pictures that it fails at are left out."
                 ) from error
-            warnings.warn(f"{message}: {number} pictures go without its judgement", stacklevel=2)
+            warnings.warn(f"{message}: {number} of its judgements are missing", stacklevel=2)
             return torch.full((number,), math.nan)
-        return checked(self.reward.name, result, number).detach().cpu()
+        return checked(self.reward.name, result, number)
 
     def count(self, invalid: int, number: int) -> None:
         """Stop the run where too many of the last pictures could not be judged."""
@@ -150,11 +150,12 @@ class TimeLimit:
         return value
 
 
-def without_gradient(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """A call in the reward's own precision, whatever the training's autocast; both belong to a thread."""
+def without_gradient(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A call in the reward's own precision, whatever the training's autocast; its result when the device has it."""
     device = next((value.device for value in arguments[0]), torch.device("cpu"))
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return function(*arguments)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):  # both hold for one thread
+        result = function(*arguments)
+    return result.cpu() if isinstance(result, Tensor) else result
 
 
 def checked(name: str, result: Any, number: int) -> Tensor:

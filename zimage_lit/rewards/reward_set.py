@@ -1,7 +1,7 @@
 """All rewards of a run as one: scores by name, advantages, a weighted sum to be differentiated."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -50,12 +50,14 @@ class RewardSet:
         metadata: Sequence[Metadata] | None = None,
         group_ids: Tensor | Sequence[int] | None = None,
         step: int = 0,
+        names: Collection[str] | None = None,
     ) -> Scores:
         """Every reward's scores, held-out ones among them: name -> (B,) float32 on the pictures' device.
 
         images: uint8 (3, H, W) RGB.   metadata: of each prompt; None: nothing is known.
         group_ids: (B,) equal for the pictures of one group; two groups may have the same prompt. Needed by groupwise
-        and pairwise rewards, which get each group whole.   step: as the record names it.
+        and pairwise rewards, which get each group whole.   step: as the record names it.   names: of the rewards that
+        are asked; None: all.
         Raises UserError for a reward that fails (see RewardCallback), ValueError for lists of different lengths.
         """
         metadata = [{}] * len(prompts) if metadata is None else metadata
@@ -64,6 +66,8 @@ class RewardSet:
             raise ValueError("RewardSet.score needs one prompt, metadata and group id for each picture.")
         scores, applies = {}, {}
         for reward in self.rewards:
+            if names is not None and reward.name not in names:
+                continue
             applies[reward.name] = [
                 place for place in range(len(prompts)) if reward.applies_to(prompts[place], metadata[place])
             ]

@@ -1,13 +1,14 @@
 """TinyWorld's rewards: its verifier looks, GenEval's rules judge. No network, nothing to download."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_modules.tinyworld.verifier import judge
+from data_modules.tinyworld.verifier import detect, read_word
 from evaluation.benchmarks import geneval
 from zimage_lit.errors import UserError
 from zimage_lit.rewards.contract import Metadata, RewardCallback
@@ -45,11 +46,7 @@ class TinyWorldReward(RewardCallback):
         self.graded = graded
 
     def applies_to(self, prompt: str, metadata: Metadata) -> bool:
-        if "include" not in metadata and metadata.get("tag") != "word":
-            raise UserError(
-                f"the reward {self.name} needs TinyWorld's metadata, and the prompt “{prompt}” has none: use it with "
-                "data_modules.TinyWorldDataModule alone."
-            )
+        check_statement(self.name, prompt, metadata)
         if metadata["tag"] == "word":
             return self.aspect in ("all", "elements", "word")
         return self.aspect in ("all", "elements") or bool(aspect_values(self.aspect, metadata["include"], {}))
@@ -59,12 +56,13 @@ class TinyWorldReward(RewardCallback):
 
     def judge(self, image: np.ndarray, metadata: Metadata) -> float:
         """The score of one uint8 (H, W, 3) picture."""
-        record = judge(image, dict(metadata))
         if metadata["tag"] == "word":
-            return text_score(record["read"] or "", metadata["text"]) if self.graded else float(record["correct"])
+            read = verified(image.tobytes(), image.shape, word=True)
+            return text_score(read or "", metadata["text"]) if self.graded else float(read == metadata["text"])
+        detections = verified(image.tobytes(), image.shape, word=False)
         if self.aspect == "all":
-            return float(geneval.evaluate(metadata, record["detections"])["correct"])
-        objects = geneval.filter_detections(record["detections"], metadata["tag"])
+            return float(geneval.evaluate(metadata, detections)["correct"])
+        objects = geneval.filter_detections(detections, metadata["tag"])
         if self.aspect == "elements":
             held = element_verdicts(metadata, objects)
             return sum(held) / len(held)
@@ -73,6 +71,22 @@ class TinyWorldReward(RewardCallback):
             return sum(values) / len(values)
         perfect = 0.0 if self.aspect == "count" else 1.0
         return float(all(value == perfect for value in values))
+
+
+@lru_cache(maxsize=256)
+def verified(pixels: bytes, shape: tuple[int, ...], word: bool) -> Any:
+    """What the verifier reads or detects; remembered, for several rewards look at the same pictures."""
+    image = np.frombuffer(pixels, dtype=np.uint8).reshape(shape)
+    return read_word(image) if word else detect(image)
+
+
+def check_statement(name: str, prompt: str, metadata: Metadata) -> None:
+    """UserError for a prompt without TinyWorld's metadata."""
+    if "include" not in metadata and metadata.get("tag") != "word":
+        raise UserError(
+            f"the reward {name} needs TinyWorld's metadata, and the prompt “{prompt}” has none: use it with "
+            "data_modules.TinyWorldDataModule alone."
+        )
 
 
 def element_verdicts(metadata: Metadata, objects: Objects) -> list[bool]:
