@@ -31,14 +31,18 @@ PEAK_LR, WEIGHT_DECAY = 4e-3, 0.02
 NO_LETTER = 0.1  # weight of the places where no letter begins: nearly all
 PICTURE_WEIGHT = 0.3  # of what the whole picture is asked, beside cells and letters
 SPOILT = 0.12  # share of pictures blurred or drowned in noise until nothing in them is a shape
+LEAST_SPREAD = 0.3  # of a feature that is standardised by its own spread, as a share of the usual one
 MAX_SHIFT = 2  # pixels by which a picture is off the lattice and still counts
 TEST_SEED = 51_000_000  # of the pictures that measure it
 TEST_PICTURES = 1024  # held out, after the codec's reconstruction
 
 
 def train_classifier(config: ClassifierConfig, progress: bool = True) -> TinyWorldClassifier:
-    """A trained classifier in evaluation mode, its `report` filled, on the CPU; the global generator is left alone."""
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    """A trained classifier in evaluation mode, its `report` filled, on the CPU.
+
+    Can be called from anywhere: the global generator is left alone, and gradients are on in here.
+    """
+    with _one_thread(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(generator(config.seed, "classifier/weights").initial_seed())
         classifier = TinyWorldClassifier(config)
         pools = _pools(config)
@@ -178,13 +182,14 @@ def picture_targets(batch: Labelled, quality: Tensor) -> Tensor:
     return torch.cat([kinds.sum((1, 2)), colors, letters, *places, quality], 1)
 
 
+@torch.no_grad()
 def _settle_features(classifier: TinyWorldClassifier, pool: Labelled) -> None:
-    """Shift and scale, one for all, after which the features of real pictures have mean 0 and mean square 1."""
-    with torch.no_grad():
-        real = pool.images[:: len(SORTS)]  # the world's own
-        features = torch.cat([classifier.scores(as_floats(part))[3] for part in real.split(256)])
-        classifier.feature_mean.copy_(features.mean(0))
-        classifier.feature_scale.copy_((features - features.mean(0)).square().mean().sqrt())
+    """Standardise the features over real pictures; one that hardly varies is not made as loud as the others."""
+    real = pool.images[:: len(SORTS)]  # the world's own
+    features = torch.cat([classifier.scores(as_floats(part))[3] for part in real.split(256)])
+    spread = features.std(0)
+    classifier.feature_mean.copy_(features.mean(0))
+    classifier.feature_scale.copy_(spread.clamp(min=LEAST_SPREAD * float(spread.square().mean().sqrt())))
 
 
 @torch.no_grad()

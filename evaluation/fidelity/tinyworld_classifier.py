@@ -61,7 +61,8 @@ class Judgement(NamedTuple):
 
     kinds: (B, len(KINDS), rows, columns), what each cell holds. colors: (B, len(COLORS), rows, columns), of the object
     in the cell, if there is one. letters: (B, len(LETTERS), 2 rows, 2 columns), which letter begins in each place.
-    features: (B, FEATURES), of the whole picture; over real pictures their mean is 0 and their mean square 1.
+    features: (B, FEATURES), of the whole picture, in (-1, 1): each is standardised over real pictures and bounded, so
+    that a few odd pictures do not decide a distance between sets.
     """
 
     kinds: Tensor
@@ -100,12 +101,12 @@ class TinyWorldClassifier(nn.Module):
         self.picture_features = nn.Linear(4 * width, FEATURES)
         self.picture_head = nn.Linear(FEATURES, PICTURE_TARGETS)
         self.register_buffer("feature_mean", torch.zeros(FEATURES))
-        self.register_buffer("feature_scale", torch.ones(()))
+        self.register_buffer("feature_scale", torch.ones(FEATURES))
         self.to(memory_format=torch.channels_last)  # half again as fast on a CPU
 
     def forward(self, images: Tensor) -> Judgement:
         kinds, colors, letters, features = self.scores(images)
-        features = (features - self.feature_mean) / self.feature_scale
+        features = ((features - self.feature_mean) / self.feature_scale).tanh()
         return Judgement(log_softmax(kinds, 1), log_softmax(colors, 1), log_softmax(letters, 1), features)
 
     def features(self, images: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class TinyWorldClassifier(nn.Module):
         return self(images).features
 
     def scores(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Kinds, colours and letters before the softmax, and the features as the network makes them."""
+        """Kinds, colours and letters before the softmax, and the features before they are standardised."""
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % CELL or images.shape[3] % CELL:
             raise ValueError(
                 f"the classifier reads pictures (B, 3, H, W) with sides that are multiples of {CELL}, "

@@ -72,9 +72,9 @@ def folders(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         asked.append(folder)
         torch.manual_seed(0)
         classifier = TinyWorldClassifier(ClassifierConfig(width=8)).requires_grad_(False).eval()
-        features = classifier.features(as_input([draw(i).image for i in range(64)]))
+        features = classifier.scores(as_input([draw(i).image for i in range(64)]))[3]
         classifier.feature_mean.copy_(features.mean(0))
-        classifier.feature_scale.copy_((features - features.mean(0)).std())
+        classifier.feature_scale.copy_(features.std(0))
         return classifier
 
     monkeypatch.setattr(distribution_score, "obtain", obtain)

@@ -150,19 +150,23 @@ def test_training_repeats_and_leaves_the_global_generator_alone(classifier: Tiny
     torch.manual_seed(11)
     expected = torch.rand(4)
     torch.manual_seed(11)
-    again = train_classifier(SMALL, progress=False)
+    with torch.no_grad():
+        again = train_classifier(SMALL, progress=False)
     assert torch.equal(torch.rand(4), expected)
     assert again.fingerprint() == classifier.fingerprint() and again.report == classifier.report
     other = train_classifier(ClassifierConfig(**{**vars(SMALL), "seed": 4}), progress=False)
     assert other.fingerprint() != again.fingerprint()
 
 
-def test_features_of_real_pictures_have_unit_size(short_trained: TinyWorldClassifier) -> None:
+def test_features_are_standardised_over_real_pictures_and_bounded(short_trained: TinyWorldClassifier) -> None:
     images = as_input([draw(i, seed=9, task_weights=WORLD_TASKS).image for i in range(256)])
     features = short_trained.features(images)
     assert features.shape == (256, FEATURES)
-    assert float(features.mean(0).abs().max()) < 0.5 and 0.8 < float(features.square().mean()) < 1.2
+    before = features.atanh()
+    assert float(before.mean(0).abs().max()) < 0.5 and 0.6 < float(before.square().mean()) < 1.2
     assert torch.allclose(features[:5], short_trained.features(images[:5]), atol=1e-4)
+    noise = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert float(short_trained.features(noise).abs().max()) <= 1
 
 
 @pytest.mark.parametrize("size", [(48, 48), (128, 64)])
