@@ -113,6 +113,25 @@ def test_the_grid_takes_its_canvases_in_turn(tmp_path: Path, monkeypatch: pytest
     assert asked[-1][-1] == [(80, 32)]
 
 
+def test_the_grid_has_a_row_for_each_number_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pictures(_: Any, __: Any, sampling: SamplingSettings, prompts: list[str], *rest: Any) -> list[Image.Image]:
+        return [Image.new("RGB", (sampling.num_inference_steps, 8)) for _ in prompts]
+
+    monkeypatch.setattr(sample_grid, "draw_pictures", pictures)
+    trainer = trainer_in(tmp_path)
+    grid = SampleGrid(["a", "b"], step_counts=[1, 4], sampling=SamplingSettings(num_inference_steps=8))
+    grid.draw(trainer, None)  # type: ignore[arg-type]
+    assert {name: image.width for name, image in trainer.loggers[0].images.items()} == {
+        "samples/prompt_00/1_steps": 1,
+        "samples/prompt_01/1_steps": 1,
+        "samples/prompt_00/4_steps": 4,
+        "samples/prompt_01/4_steps": 4,
+    }
+    for wrong in ([], [0]):
+        with pytest.raises(UserError, match="SampleGrid: step_counts"):
+            SampleGrid(["a"], step_counts=wrong)
+
+
 def test_pictures_of_several_sizes_come_back_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     class Pipeline:
         def __call__(self, prompts: list[str], height: int, width: int, seed: list[int], batch_size: int) -> list:

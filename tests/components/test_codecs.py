@@ -99,6 +99,15 @@ def test_pca_does_not_depend_on_batch_mates_or_on_autocast(images: torch.Tensor,
         assert torch.equal(pca.decode(latents), pca.decode(latents.clone()))
 
 
+def test_pca_hands_the_gradient_of_pictures_to_latents(images: torch.Tensor, pca: PatchPCACodec) -> None:
+    latents = (0.1 * pca.encode(images[:1])).requires_grad_()  # nothing is clamped
+    change = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2)) * 1e-2
+    weights = torch.randn(pca.decode(latents).shape, generator=torch.Generator().manual_seed(3))
+    (gradient,) = torch.autograd.grad((weights * pca.decode(latents)).sum(), latents)
+    difference = (weights * (pca.decode(latents + change) - pca.decode(latents))).sum()  # it is linear
+    torch.testing.assert_close((gradient * change).sum(), difference, rtol=1e-3, atol=1e-4)
+
+
 def test_pca_is_made_before_its_folder_exists(tmp_path: Path) -> None:
     codec = PatchPCACodec(tmp_path / "later").to("cpu")
     with pytest.raises(UserError, match="later"):
@@ -198,6 +207,8 @@ def test_flux_codec_equals_diffusers(autoencoder: Any, vae_folder: Path, images:
     assert latents.shape == (2, 16, 8, 12) and latents.dtype == torch.float32
     torch.testing.assert_close(latents, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(codec.decode(latents), pixels, atol=1e-5, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(codec.decode(latents.requires_grad_()).sum(), latents)
+    assert gradient.abs().sum() > 0
     assert pixels.abs().max() > 0
 
 

@@ -129,6 +129,22 @@ def velocities(module: Stage, role: str, latents, t, features):
         return network(latents, t, features)
 
 
+def test_bfloat16_weights_are_asked_at_float32_times(teacher, tmp_path):
+    times = set()
+
+    class Watched(Stage):
+        def on_train_start(self):
+            super().on_train_start()
+            for network in self.roles.networks.values():
+                network.register_forward_pre_hook(lambda _, arguments: times.add(arguments[1].dtype))
+
+    module = stage(teacher, "copies", ratio=1)
+    module.__class__ = Watched
+    seen = fit(module, tmp_path, 1, precision="bf16-true")
+    assert module.backbone.x_pad_token.dtype == torch.bfloat16 and times == {torch.float32}
+    assert math.isfinite(seen.losses[0])
+
+
 @pytest.mark.parametrize("sampler", ["euler", "renoise"])
 def test_the_roll_out_is_the_serving_path_up_to_its_last_forward(teacher, tmp_path, sampler):
     module = ready(teacher, "copies", tmp_path, rollout=RolloutSettings(4, shift=2.0, sampler=sampler))
@@ -489,6 +505,8 @@ def test_prompts_without_pictures_are_drawn_on_the_canvases(teacher, tmp_path):
     module.canvases = None
     with pytest.raises(UserError, match="canvases how large"):
         module.generate(batch, 0)
+    with pytest.raises(UserError, match="DMDRModule learns from captions, and the data give"):
+        module.generate({**batch, "sources": batch["captions"]}, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- handed out

@@ -17,6 +17,7 @@ from zimage_lit.components import PatchPCACodec, Qwen3TextEncoder, build_tiny_qw
 from zimage_lit.errors import UserError
 from zimage_lit.objectives import TimestepLaw
 from zimage_lit.rng import generator
+from zimage_lit.sampling import sigmas
 from zimage_lit.stages import FlowMatchingModule
 from zimage_lit.stages.frozen_parts import encode_images
 from zimage_lit.stages.initial_weights import backbone_config, build_backbone
@@ -94,6 +95,14 @@ def test_randomness_depends_on_seed_and_step_alone(parts, batch):
     assert not torch.equal(first, module.losses(batch, "train", 4))
     assert not torch.equal(first, stage(parts, seed=2).losses(batch, "train", 3))
     assert torch.equal(module.losses(batch, "val", 0), module.losses(batch, "val", 0))
+
+
+def test_a_distilled_student_is_tuned_at_the_times_of_its_steps_alone(parts, batch):
+    module, seen = stage(parts, timesteps=TimestepLaw("grid", num_inference_steps=4, shift=3.0)), set()
+    module.backbone.register_forward_pre_hook(lambda _, arguments: seen.update(arguments[1].tolist()))
+    for step in range(6):
+        module.losses(batch, "train", step)
+    assert sorted(seen) == pytest.approx([float(1 - sigma) for sigma in sigmas(4, 3.0)[:-1]])
 
 
 def test_pictures_of_different_sizes_train_in_one_step(parts, batch):

@@ -6,7 +6,7 @@ Sources: DMD2 (arXiv 2405.14867), Decoupled DMD (arXiv 2511.22677), DMDR (arXiv 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from zimage_lit.sampling import sigmas
 from zimage_lit.sampling.guidance import guided, guided_velocity
 from zimage_lit.sampling.solvers import SOLVERS
 from zimage_lit.stages.distillation_settings import DynamicGuidanceSettings, ObjectiveSettings, RolloutSettings
-from zimage_lit.stages.frozen_parts import check_encoded_by, encode_images
+from zimage_lit.stages.frozen_parts import check_encoded_by, check_text_to_image, encode_images
 from zimage_lit.stages.initial_weights import backbone_config, check_weights
 from zimage_lit.stages.optimizers import LearningRate, OptimizerSettings, build_optimizer, kind_of_states
 from zimage_lit.stages.reward_terms import RewardSettings, RewardTerm, check_reward, policy_losses, repeated
@@ -312,12 +312,13 @@ class DMDRModule(LightningModule):
 
         Where gradients are on they are those of the last forward alone.
         """
+        check_text_to_image(batch, "DMDRModule", pictures=False)
         features = self.encode_captions(batch)
         grid = sigmas(self.rollout.num_inference_steps, self.rollout.shift)
         index = int(torch.randint(len(grid) - 1, (), generator=generator(self.seed, "train/step_index", step)))
         noise = self.noise(self.shapes(batch), "noise", step)
         latents = self.simulate(noise, features, grid[: index + 1], step)
-        t = torch.full((len(latents),), 1 - float(grid[index]), device=self.device)
+        t = self.at(1 - float(grid[index]), latents)
         clean = flow_matching.clean_from_velocity(latents, self.backbone(latents, t, features), t)
         return Generated(features, clean, index)
 
@@ -356,7 +357,7 @@ class DMDRModule(LightningModule):
 
     def data_losses(self, generated: Generated, data: list[Tensor] | None, step: int) -> Tensor:
         """What the student learns from the data's own pictures, (B,)."""
-        settings, losses = self.objective, torch.zeros(len(generated.clean), device=self.device)
+        settings, losses = self.objective, self.at(0.0, generated.clean)
         if data is None and (settings.mean_variance or settings.data):
             raise UserError(
                 "model.init_args.objective.mean_variance and objective.data need data with pictures: name such data, "
@@ -414,7 +415,7 @@ class DMDRModule(LightningModule):
         order = torch.randperm(len(grid) - 2, generator=generator(self.seed, "train/policy/steps", step))
         velocities: dict[int, list[Tensor]] = {}
         for number in order[: settings.policy_steps].tolist():
-            t = torch.full((len(shapes),), 1 - float(grid[number]), device=self.device)
+            t = self.at(1 - float(grid[number]), shapes)
             velocities[number] = self.backbone(states[number], t, features)
         return policy_losses(states, velocities, grid, eta, advantages)
 
@@ -486,10 +487,14 @@ class DMDRModule(LightningModule):
         return flow_matching.interpolate(noise, clean, t), t
 
     def times(self, law: RenoiseLaw, generated: Generated, purpose: str, step: int) -> Tensor:
-        n = len(generated.clean)
-        present = torch.full((n,), 1 - generated.step_index / self.rollout.num_inference_steps)  # before the shift
+        """Times of a law for the student's samples, (B,)."""
+        before_shift = self.at(1 - generated.step_index / self.rollout.num_inference_steps, generated.clean)
         draw = generator(self.seed, f"train/{purpose}/times", step, self.global_rank)
-        return law.sample(n, draw, present, self.student_step).to(self.device)
+        return law.sample(len(before_shift), draw, before_shift, self.student_step).to(self.device)
+
+    def at(self, number: float, samples: Sequence[Any]) -> Tensor:
+        """The same number for each sample, (B,) float32 whatever the trainer makes tensors of."""
+        return torch.full((len(samples),), number, dtype=torch.float32, device=self.device)
 
     def noise(self, shapes: list[tuple[int, ...]], purpose: str, step: int) -> list[Tensor]:
         draw = generator(self.seed, f"train/{purpose}", step, self.global_rank)
@@ -498,6 +503,7 @@ class DMDRModule(LightningModule):
     # --------------------------------------------------------------------------------------------------- data
 
     def encode_captions(self, batch: dict[str, Any]) -> list[Tensor]:
+        """Features (L_i, D) of a batch's captions."""
         return batch["caption_features"] if "caption_features" in batch else self.text_encoder.encode(batch["captions"])
 
     def shapes(self, batch: dict[str, Any]) -> list[tuple[int, ...]]:

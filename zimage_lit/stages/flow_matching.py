@@ -137,7 +137,7 @@ class FlowMatchingModule(LightningModule):
     def losses(self, batch: dict[str, Any], phase: str, step: int) -> Tensor:
         """Per-sample squared error of the velocity, (B,); its randomness depends on (seed, phase, step, rank) alone."""
 
-        check_text_to_image(batch)
+        check_text_to_image(batch, "FlowMatchingModule")
 
         def draw(purpose: str) -> torch.Generator:
             return generator(self.seed, f"{phase}/{purpose}", step, self.global_rank)

@@ -26,13 +26,14 @@ def check_encoded_by(datamodule: Any, codec: LatentCodec, text_encoder: TextEnco
             )
 
 
-def check_text_to_image(names: Collection[str]) -> None:
-    """UserError where a batch, by its names, is not of pictures and captions alone: of an editing batch, a stage that
-    does not know the source would learn to draw the target from "make it red"."""
-    if {"sources", "source_latents"} & set(names) or not {"images", "image_latents"} & set(names):
+def check_text_to_image(names: Collection[str], stage: str, pictures: bool = True) -> None:
+    """UserError where a batch, by its names, is not of captions and (if a stage needs them) pictures alone: of an
+    editing batch, a stage that does not know the source would learn to draw the target from "make it red"."""
+    lacking = pictures and not {"images", "image_latents"} & set(names)
+    if {"sources", "source_latents"} & set(names) or lacking or "captions" not in names:
         raise UserError(
-            f"FlowMatchingModule learns from pictures and captions, and the data give {', '.join(names)}: name other "
-            "data, or a stage that learns from these."
+            f"{stage} learns from {'pictures and ' if pictures else ''}captions, and the data give {', '.join(names)}: "
+            "name other data, or a stage that learns from these."
         )
 
 

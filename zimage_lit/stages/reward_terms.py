@@ -99,11 +99,12 @@ class RewardTerm:
         metadata = batch.get("metadata")
         scores = self.rewards.differentiable_scores(pictures, batch["captions"], metadata, step)
         self.figures = self.rewards.logged(scores)
-        others = [reward for reward in self.rewards.rewards if reward.name not in scores]
+        others = [reward.name for reward in self.rewards.rewards if reward.name not in scores]
         if log_all and others:
-            asking = RewardSet(others)
             shown = [quantised(picture) for picture in pictures]
-            self.figures |= asking.logged(asking.score(shown, batch["captions"], metadata, range(len(shown)), step))
+            groups = range(len(shown))  # nobody is compared with anybody
+            asked = self.rewards.score(shown, batch["captions"], metadata, groups, step, names=others)
+            self.figures |= self.rewards.logged(asked)
         return self.rewards.weighted_sum(scores)
 
     @torch.no_grad()
