@@ -60,6 +60,8 @@ def answering(*answers: tuple[int, Any]) -> Iterator[tuple[str, list[dict[str, A
 
         def give(self, status: int, content: Any) -> None:
             self.send_response(status)
+            if status == 302:
+                self.send_header("Location", "/health")
             self.end_headers()
             self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
 
