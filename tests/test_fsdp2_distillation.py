@@ -69,6 +69,13 @@ def test_two_ranks_distil_as_one_process_does_and_go_on_exactly_in_mid_cycle(pai
     average = open_weights(last_checkpoint(tmp_path / "torn"))
     assert all(torch.equal(weight, both[0].states[-1][f"average.{name}"]) for name, weight in average.items())
 
+    last = last_checkpoint(tmp_path / "torn")  # a second phase, of one process
+    second = fit(stage(teacher, layout, student_init_from=str(last)), tmp_path / "second", 1).states[0]
+    for name, value in second.items():
+        if name.startswith("weights."):
+            known = name if "fake_score" in name else name.replace("weights.backbone.", "average.")
+            assert torch.equal(value, both[0].states[-1][known])
+
 
 class Bright(RewardCallback):
     def score(self, images: Any, prompts: Any, metadata: Any) -> torch.Tensor:

@@ -29,7 +29,7 @@ from zimage_lit.sampling.guidance import guided, guided_velocity
 from zimage_lit.sampling.solvers import SOLVERS
 from zimage_lit.stages.distillation_settings import DynamicGuidanceSettings, ObjectiveSettings, RolloutSettings
 from zimage_lit.stages.frozen_parts import check_encoded_by, check_text_to_image, encode_images
-from zimage_lit.stages.initial_weights import backbone_config, check_weights
+from zimage_lit.stages.initial_weights import backbone_config, check_weights, located, store_of
 from zimage_lit.stages.optimizers import LearningRate, OptimizerSettings, build_optimizer, kind_of_states
 from zimage_lit.stages.reward_terms import RewardSettings, RewardTerm, check_reward, policy_losses, repeated
 from zimage_lit.stages.roles import FAKE, Layout, Roles, check_layout, continue_from, fingerprints, make_networks
@@ -159,7 +159,7 @@ class DMDRModule(LightningModule):
             fake = networks.get(FAKE, self.backbone)
             self.roles = Roles(self.layout, self.backbone, fake, networks.get("teacher", fake))
             if self.student_init_from:
-                continue_from(self.roles, self.student_init_from)
+                continue_from(self.roles, located(self.student_init_from, store_of(self)))
 
     def check_can_train(self) -> None:
         """UserError for settings with which nothing can be distilled."""

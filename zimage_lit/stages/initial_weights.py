@@ -50,8 +50,7 @@ def stage_backbone(
     frozen_dtype: the type in which it is made, None for the trainer's. Under the strategy `fsdp2` it is sharded: made
     without memory, and filled part by part. Errors as in `build_backbone`.
     """
-    stores = [logger.tracking_uri for logger in stage.loggers if hasattr(logger, "tracking_uri")]
-    source = init_from, stage.seed, next(iter(stores), None)
+    source = init_from, stage.seed, store_of(stage)
     mesh = stage.device_mesh
     with type_of_base(frozen_dtype):
         backbone = build_backbone(stage.config, *source) if mesh is None else empty_backbone(stage.config)
@@ -103,8 +102,7 @@ def fill_backbone(backbone: S3DiT, init_from: str | None, seed: int, tracking_ur
 def initial_weights(config: S3DiTConfig, init_from: str, tracking_uri: str | None) -> Mapping[str, torch.Tensor]:
     """The weights that `init_from` names, as they are stored, each read when it is asked for; arguments and errors as
     in `build_backbone`."""
-    is_run = init_from.startswith("run:")
-    path = run_checkpoint(init_from.removeprefix("run:"), tracking_uri) if is_run else Path(init_from)
+    path = located(init_from, tracking_uri)
     if path.suffix != ".ckpt":
         stored = stored_weights(path)
         stored.check_kinds(cast=True)
@@ -213,6 +211,17 @@ def open_weights(path: Path) -> Mapping[str, torch.Tensor]:
     if not weights:
         raise UserError(f"{path} holds no tensors named {PREFIX}*, so it is not the checkpoint of a picture model.")
     return weights
+
+
+def located(init_from: str, tracking_uri: str | None) -> Path:
+    """The folder or file that `init_from` names, that of a run of MLflow looked up."""
+    is_run = init_from.startswith("run:")
+    return run_checkpoint(init_from.removeprefix("run:"), tracking_uri) if is_run else Path(init_from)
+
+
+def store_of(stage: Any) -> str | None:
+    """The MLflow store in which a stage's run is logged, if it is."""
+    return next((logger.tracking_uri for logger in stage.loggers if hasattr(logger, "tracking_uri")), None)
 
 
 def run_checkpoint(run_id: str, tracking_uri: str | None) -> Path:

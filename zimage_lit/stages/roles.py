@@ -150,35 +150,30 @@ def make_networks(stage: Any) -> dict[str, S3DiT]:
     return networks
 
 
-def continue_from(roles: Roles, student_init_from: str) -> None:
+def continue_from(roles: Roles, path: Path) -> None:
     """Give the roles what a run before this one has taught them, beyond what `make_networks` has filled in.
 
-    Raises UserError where the adapters of a student are not in that checkpoint.
+    path: that `student_init_from` names. Raises UserError where the adapters of a student are not there.
     """
-    path = Path(student_init_from)
     if path.suffix != ".ckpt":
         if roles.layout == "adapters":
             raise UserError(
                 f"student_init_from={path}: with layout=adapters it has to be a checkpoint of such a run (.ckpt)."
             )
         return
-    checkpoint = read_checkpoint(path)
     if roles.layout == "adapters":
         fill_role(roles, "student", open_weights(path), path)
+    checkpoint = read_checkpoint(path)
     if checkpoint.get("layout") == roles.layout:
         prefix = f"{FAKE}."
-        stored = ShardedTensors(path, f"state_dict.{prefix}") if path.is_dir() else checkpoint["state_dict"]
-        fill_role(
-            roles,
-            FAKE,
-            {n.removeprefix(prefix): stored[n] for n in stored if path.is_dir() or n.startswith(prefix)},
-            path,
-        )
+        stored: Mapping[str, Tensor] = checkpoint["state_dict"]
+        stored = {name.removeprefix(prefix): w for name, w in stored.items() if name.startswith(prefix)}
+        fill_role(roles, FAKE, ShardedTensors(path, f"state_dict.{prefix}") if path.is_dir() else stored, path)
 
 
 def fill_role(roles: Roles, role: str, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Copy a role's weights from a checkpoint; UserError where they are others than it has."""
-    if wrong := misfits(roles.kept(role), weights):
+    """Copy a role's weights from a checkpoint, one at a time; UserError where they are others than it has."""
+    if wrong := misfits(roles.kept(role), weights.shapes if isinstance(weights, ShardedTensors) else weights):
         raise UserError(
             f"student_init_from={path}: {len(wrong)} tensors do not fit the {role.replace('_', ' ')}, the first is "
             f"{wrong[0]}; set layout, backbone and LoRA as they were there."
