@@ -86,7 +86,7 @@ RENOISE = ("model.init_args.rollout.sampler=renoise",)
 ARMS = (
     Arm("student-8", "main"),
     Arm("student-4", "main", steps=4),
-    Arm("frozen-fake-score", "controls", control="FrozenFakeScore"),
+    Arm("frozen-fake-score", "controls", settings=("model.init_args.fake_optimizer.lr=0",)),
     Arm("swapped-sign", "controls", control="SwappedSign"),
     Arm("renoised", "controls", settings=RENOISE),
     Arm("not-renoised", "controls", settings=RENOISE, control="NotRenoised"),

@@ -10,17 +10,6 @@ from zimage_lit.objectives import flow_matching
 from zimage_lit.sampling import sigmas
 from zimage_lit.sampling.guidance import guided_velocity
 from zimage_lit.stages.dmdr import DMDRModule, Generated, Terms
-from zimage_lit.stages.roles import FAKE
-
-
-class FrozenFakeScore(DMDRModule):
-    """The fake score stays the teacher's, so that nothing holds the student back from where guidance sends it."""
-
-    def take_step(self, role: str) -> Tensor:
-        if role == FAKE:
-            for parameter in self.roles.trained(FAKE).values():
-                parameter.grad = None
-        return super().take_step(role)
 
 
 class SwappedSign(DMDRModule):

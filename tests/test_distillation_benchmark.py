@@ -96,12 +96,13 @@ BRIGHT = [  # with a weight of 0 nothing is gained by it
 def test_controls_differ_from_the_stage_in_one_thing(small: ModuleType, tmp_path: Path) -> None:
     """One iteration each, from the same teacher, with the same noise."""
     learnt = {"": after_one_iteration(small, tmp_path, None)}
-    for control in ("FrozenFakeScore", "SwappedSign"):
-        learnt[control] = after_one_iteration(small, tmp_path, control)
-    assert torch.equal(learnt["FrozenFakeScore"]["fake_score"], learnt["FrozenFakeScore"]["teacher"])
+    learnt["swapped"] = after_one_iteration(small, tmp_path, "SwappedSign")
+    frozen = next(arm for arm in small.ARMS if arm.name == "frozen-fake-score")
+    learnt["frozen"] = after_one_iteration(small, tmp_path, None, frozen.settings)
+    assert torch.equal(learnt["frozen"]["fake_score"], learnt["frozen"]["teacher"])
     assert not torch.equal(learnt[""]["fake_score"], learnt[""]["teacher"])
-    assert torch.equal(learnt["FrozenFakeScore"]["backbone"], learnt[""]["backbone"])  # it learns before the fake score
-    moved, back = (learnt[name]["backbone"] - learnt[name]["teacher"] for name in ("", "SwappedSign"))
+    assert torch.equal(learnt["frozen"]["backbone"], learnt[""]["backbone"])  # it learns before the fake score
+    moved, back = (learnt[name]["backbone"] - learnt[name]["teacher"] for name in ("", "swapped"))
     assert moved.abs().max() > 0 and torch.allclose(back, -moved, atol=1e-7)
 
     renoised, not_renoised = (

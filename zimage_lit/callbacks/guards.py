@@ -176,7 +176,8 @@ class StepGuard(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped, self.spikes = state_dict["skipped"], state_dict["spikes"]
-        for place, stored in state_dict["watches"].items():
+        older = {0: state_dict}  # of runs from when a stage had one optimiser, always
+        for place, stored in state_dict.get("watches", older).items():
             self.watch(place).in_a_row = stored["in_a_row"]
             self.watch(place).losses.extend(stored["losses"])
 
