@@ -38,11 +38,13 @@ from evaluation.fidelity.comparison import (
     compare,
     prompt_weights,
     ratio,
+    share,
 )
-from evaluation.fidelity.tinyworld_classifier import TinyWorldClassifier, as_input, obtain
+from evaluation.fidelity.tinyworld_classifier import ClassifierConfig, TinyWorldClassifier, as_input, obtain
 from zimage_lit import cli
 from zimage_lit.config import compose
 from zimage_lit.pipeline import ZImagePipeline
+from zimage_lit.rewards.tinyworld_likelihood import log_likelihoods
 
 sys.path.insert(0, str(Path(__file__).parent))  # where class paths of the controls are found
 
@@ -61,13 +63,18 @@ BARS = (
     ("diversity, student at 8", "at least", 0.9),
     ("KID, student at 4 / teacher at 100", "at most", 1.3),
     ("KID, student at 4 / teacher at 4", "at most", 0.5),
+    ("accuracy, best DMDR less DMD as long", "at least", 0.05),
+    ("KID, best DMDR / DMD as long", "at most", 1.1),
 )
+REWARD_CLASSIFIER, REWARD_CONFIG = "reward_classifier", ClassifierConfig(seed=1, width=16)
 
 
 @dataclass(frozen=True)
 class Arm:
     """One run: `settings` are those that differ from tiny/dmdr. steps: of the grid it is trained and served on.
-    control: class in distillation_controls.py in place of DMDRModule. begins_from: arm whose student goes on."""
+    control: class in distillation_controls.py in place of DMDRModule. begins_from: arm whose student goes on.
+    reward: weight of the likelihood under a classifier that judges nothing here. keeps_start: that student, not the
+    teacher, is what `init_from` names."""
 
     name: str
     group: str
@@ -75,6 +82,8 @@ class Arm:
     settings: tuple[str, ...] = ()
     control: str | None = None
     begins_from: str | None = None
+    reward: float | None = None
+    keeps_start: bool = False
 
 
 def scale(value: float) -> str:
@@ -92,6 +101,16 @@ ARMS = (
     Arm("not-renoised", "controls", settings=RENOISE, control="NotRenoised"),
     *(Arm(f"coupled-{w:g}", "front", settings=(*COUPLED, scale(w))) for w in (2, 3, 5)),
     *(Arm(f"decoupled-{w:g}", "front", settings=(scale(w),)) for w in (2, 5)),  # 3 is student-8
+    Arm("dmd-longer", "dmdr", 4, begins_from="student-4"),
+    *(Arm(f"dmdr-{w:g}", "dmdr", 4, begins_from="student-4", reward=w) for w in (0.02, 0.1, 0.5)),
+    *(
+        Arm(f"reward-{w:g}", "dmdr", 4, control="RewardAlone", begins_from="student-4", reward=w)
+        for w in (0.02, 0.1, 0.5)
+    ),
+    *(
+        Arm(f"reward-{w:g}-l2", "dmdr", 4, (), "RewardAndL2", "student-4", w, keeps_start=True)
+        for w in (0.02, 0.1, 0.5)
+    ),
 )
 
 
@@ -104,22 +123,24 @@ class Bench:
     seed: int
     overrides: Sequence[str]
     classifier: TinyWorldClassifier
+    reward_classifier: TinyWorldClassifier
 
     def output(self, arm: Arm) -> Path:
         return self.folder / f"seed-{self.seed}" / arm.name
 
     def words(self, arm: Arm) -> list[str]:
         """The experiment and the settings of an arm."""
-        begins = next((other for other in ARMS if other.name == arm.begins_from), None)
+        begins = next((self.output(other) for other in ARMS if other.name == arm.begins_from), None)
         words = [
             "tiny/dmdr",
             f"run.name=distillation/seed-{self.seed}/{arm.name}",
             f"run.output_dir={self.output(arm)}",
             f"seed_everything={self.seed}",
-            f"model.init_args.init_from={self.teacher}",
-            *([f"model.init_args.student_init_from={self.output(begins)}/checkpoints/last.ckpt"] if begins else []),
+            f"model.init_args.init_from={begins / 'pipeline' if begins and arm.keeps_start else self.teacher}",
+            *([f"model.init_args.student_init_from={begins}/checkpoints/last.ckpt"] if begins else []),
             f"model.init_args.rollout.num_inference_steps={arm.steps}",
             *arm.settings,
+            *([] if arm.reward is None else self.rewarded(arm.reward)),
             *(f"trainer.callbacks.{name}=null" for name in ("score", "fidelity", "report")),
             *self.overrides,
         ]
@@ -128,6 +149,17 @@ class Bench:
             model = {"class_path": f"{CONTROL_MODULE}.{arm.control}", "init_args": init_args}
             words.append(f"model={json.dumps(model)}")
         return words
+
+    def rewarded(self, weight: float) -> list[str]:
+        folder = self.folder / REWARD_CLASSIFIER
+        likelihood = {
+            "class_path": "zimage_lit.rewards.tinyworld_likelihood.TinyWorldLikelihood",
+            "init_args": {"folder": str(folder), "seed": REWARD_CONFIG.seed, "width": REWARD_CONFIG.width},
+        }
+        return [
+            f"model.init_args.reward={{form: backprop, weight: {weight}}}",
+            f"trainer.callbacks+={json.dumps(likelihood)}",
+        ]
 
     def run(self, arm: Arm) -> None:
         words = self.words(arm)
@@ -152,6 +184,7 @@ class Judged:
 
     pictures: PictureSet
     right: np.ndarray  # (N,) bool
+    likelihoods: np.ndarray  # (N,), what rewarded arms were rewarded with
 
 
 def statements() -> list[Metadata]:
@@ -182,10 +215,13 @@ def draw_and_judge(pipeline: Path, steps: int, store: Path, bench: Bench) -> Jud
         seen = features(as_input(pictures), bench.classifier)
         records = (judge(np.asarray(picture), metadata) for picture, metadata in zip(pictures, ASKED, strict=True))
         right = np.array([evaluate(record["metadata"], record["detections"])["correct"] for record in records])
+        with torch.no_grad():
+            likelihoods = log_likelihoods(bench.reward_classifier(as_input(pictures)), ASKED)
         store.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(store, features=seen.features, projections=seen.projections, right=right)
+        found = {"features": seen.features, "projections": seen.projections, "right": right}
+        np.savez(store, **found, likelihoods=likelihoods.numpy())
     kept = np.load(store)
-    return Judged(PictureSet(kept["features"], kept["projections"], NUMBERS), kept["right"])
+    return Judged(PictureSet(kept["features"], kept["projections"], NUMBERS), kept["right"], kept["likelihoods"])
 
 
 def features(images: torch.Tensor, classifier: TinyWorldClassifier) -> PictureSet:
@@ -223,14 +259,15 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
 
 
 def measured(judged: Judged, real: PictureSet) -> dict[str, Estimate]:
-    return {"accuracy": accuracy(judged), **compare(judged.pictures, real, COMPARISON)}
+    rewarded = share(judged.likelihoods, NUMBERS, COMPARISON)
+    return {"accuracy": accuracy(judged), "reward": rewarded, **compare(judged.pictures, real, COMPARISON)}
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
 def table(rows: dict[str, dict[str, Estimate]], evaluations: dict[str, int]) -> None:
-    names = ("accuracy", "kid", "fd", "sliced_wasserstein", "precision", "recall", "diversity")
+    names = ("accuracy", "reward", "kid", "fd", "sliced_wasserstein", "precision", "recall", "diversity")
     print(f"\n| arm | NFE | {' | '.join(names)} |\n| --- | --- |{' --- |' * len(names)}")
     for label, found in rows.items():
         cells = (f"{found[n].value:.3f} [{found[n].low:.3f}, {found[n].high:.3f}]" for n in names)
@@ -250,6 +287,8 @@ def verdicts(rows: dict[str, dict[str, Estimate]]) -> list[dict[str, Any]]:
         lambda: of("student-8 at 8", "diversity"),
         lambda: ratio(of("student-4 at 4", "kid"), of("teacher at 100", "kid")),
         lambda: ratio(of("student-4 at 4", "kid"), of("teacher at 4", "kid")),
+        lambda: difference(of(best_dmdr(rows), "accuracy"), of("dmd-longer at 4", "accuracy")),
+        lambda: ratio(of(best_dmdr(rows), "kid"), of("dmd-longer at 4", "kid")),
     )
     print("\n| bar | reached | met |\n| --- | --- | --- |")
     found = []
@@ -263,6 +302,30 @@ def verdicts(rows: dict[str, dict[str, Estimate]]) -> list[dict[str, Any]]:
         print(f"| {what}: {side} {bar:g} | {spread} | {'yes' if met else 'no'} |")
         found.append({"bar": what, side: bar, **numbers(estimate), "met": bool(met)})
     return found
+
+
+def best_dmdr(rows: dict[str, dict[str, Estimate]]) -> str:
+    """The weight with the largest reward, which is no judge here, among those that keep the distance."""
+    bar = 1.1 * rows["dmd-longer at 4"]["kid"].value
+    near = [label for label in rows if label.startswith("dmdr-") and label.endswith("at 4")]
+    kept = [label for label in near if rows[label]["kid"].value <= bar] or near
+    return max(kept, key=lambda label: rows[label]["reward"].value)
+
+
+def at_matched_reward(rows: dict[str, dict[str, Estimate]]) -> None:
+    """Each arm without distribution matching beside the DMDR arm whose reward is nearest."""
+    dmdr = [label for label in rows if label.startswith("dmdr-") and label.endswith("at 4")]
+    if not dmdr:
+        return
+    print("\n| arm | reward | KID | accuracy | DMDR of like reward | reward | KID | accuracy |")
+    print(f"|{' --- |' * 8}")
+    for label in (label for label in rows if label.startswith("reward-") and label.endswith("at 4")):
+        reward = rows[label]["reward"].value
+        other = min(dmdr, key=lambda name: abs(rows[name]["reward"].value - reward))
+        cells = [
+            f"{rows[name][metric].value:.4f}" for name in (label, other) for metric in ("reward", "kid", "accuracy")
+        ]
+        print(f"| {label} | {' | '.join(cells[:3])} | {other} | {' | '.join(cells[3:])} |")
 
 
 def speed(bench: Bench) -> float:
@@ -301,6 +364,7 @@ def report(bench: Bench, groups: Sequence[str]) -> dict[str, Any]:
     floor = compare(real_pictures(bench, PICTURES), real, COMPARISON)
     print(f"\nreal against real: KID {floor['kid'].value:.4f}, diversity {floor['diversity'].value:.3f}")
     table(rows, evaluations)
+    at_matched_reward(rows)
     plain = {label: {name: numbers(found[name]) for name in found} for label, found in rows.items()}
     faster = speed(bench) if "main" in groups else None
     return {"seed": bench.seed, "arms": plain, "bars": verdicts(rows), "speed": faster}
@@ -322,10 +386,10 @@ def main() -> None:
         output = options.teacher.parent
         if code := cli.main(["run", "quickstart", f"run.output_dir={output}"], program="lightning"):
             sys.exit(code)
-    classifier = obtain(options.folder / "classifier")
+    judges = obtain(options.folder / "classifier"), obtain(options.folder / REWARD_CLASSIFIER, REWARD_CONFIG)
     tables = []
     for seed in options.seeds:
-        bench = Bench(options.folder, options.teacher, seed, options.overrides, classifier)
+        bench = Bench(options.folder, options.teacher, seed, options.overrides, *judges)
         for arm in arms_of(options.groups, seed):
             bench.run(arm)
         tables.append(report(bench, options.groups))

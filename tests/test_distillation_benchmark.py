@@ -61,7 +61,7 @@ def small(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(benchmark, "NUMBERS", np.repeat(np.arange(len(benchmark.statements())), 2))
     monkeypatch.setattr(benchmark, "TEACHER_STEPS", (4, 100))
     monkeypatch.setattr(benchmark, "STUDENT_STEPS", (4, 8))
-    monkeypatch.setattr(benchmark, "obtain", lambda _: TinyWorldClassifier(ClassifierConfig()).eval())
+    monkeypatch.setattr(benchmark, "obtain", lambda *_: TinyWorldClassifier(ClassifierConfig()).eval())
     assert cli.main(["run", *TEACHER]) == 0
     return benchmark
 
@@ -125,7 +125,7 @@ def after_one_iteration(
     number = len(list((folder / f"arms/seed-{SEED}").glob("*"))) if settings else control
     arm = small.Arm(str(number), "main", 4, tuple(settings), control)
     settings = [*SMALL, "trainer.max_steps=1"]
-    bench = small.Bench(folder / "arms", folder / "outputs/quickstart/pipeline", SEED, settings, None)
+    bench = small.Bench(folder / "arms", folder / "outputs/quickstart/pipeline", SEED, settings, None, None)
     bench.run(arm)
     state = torch.load(bench.output(arm) / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     teacher = S3DiT.from_pretrained(bench.teacher / "transformer").state_dict()
@@ -142,7 +142,7 @@ def test_the_prompts_are_held_out_and_cover_all_tasks(benchmark: ModuleType) -> 
 
 
 def test_experiments_of_all_arms_compose(benchmark: ModuleType) -> None:
-    bench = benchmark.Bench(Path("out"), Path("teacher"), 3, [], None)
+    bench = benchmark.Bench(Path("out"), Path("teacher"), 3, [], None, None)
     for arm in benchmark.ARMS:
         config = compose(bench.words(arm)[0], bench.words(arm)[1:])
         assert config["model"]["init_args"]["rollout"]["num_inference_steps"] == arm.steps
