@@ -26,6 +26,25 @@ SIZES = {
     "preset": "tiny", "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
     "cap_feat_dim": 12, "axes_dims": [4, 6, 6], "pad_multiple": 32,
 }  # fmt: skip
+# What makes the laptop's experiments small: of the teacher, and of its student.
+SHARED = [
+    "model.init_args.backbone={preset: tiny, dim: 64, n_layers: 1, n_heads: 2, n_kv_heads: 2, pad_multiple: 8}",
+    "data.init_args.num_samples=80",
+    "data.init_args.num_val_samples=4",
+    "data.init_args.batch_size=4",
+    "trainer.accelerator=cpu",
+    "trainer.logger=false",
+    "trainer.enable_progress_bar=false",
+    "trainer.callbacks.samples.init_args.prompts=[a photo of a circle]",
+]
+SMALL_TEACHER = [
+    *SHARED,
+    "model.init_args.optimizer.name=adamw",
+    "trainer.max_steps=1",
+    "trainer.callbacks.score=null",
+    "trainer.callbacks.report=null",
+]
+SMALL_STUDENT = [*SHARED, "trainer.max_steps=2", "model.init_args.ratio=1"]
 SAMPLES = 4  # in a step, of all ranks together
 LAYOUTS = ("copies", "fake_lora", "adapters")
 WAYS = (*LAYOUTS, "student_lora")  # the layouts, and fake_lora with a LoRA as the student

@@ -11,33 +11,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from distillation import SMALL_STUDENT, SMALL_TEACHER
 
 from evaluation.fidelity.comparison import ComparisonSettings
 from evaluation.fidelity.tinyworld_classifier import ClassifierConfig, TinyWorldClassifier
 from zimage_lit import cli
 from zimage_lit.backbone import S3DiT
 from zimage_lit.config import compose
-
-NETWORK = "{preset: tiny, dim: 64, n_layers: 1, n_heads: 2, n_kv_heads: 2, pad_multiple: 8}"
-SHARED = [
-    f"model.init_args.backbone={NETWORK}",
-    "data.init_args.num_samples=80",
-    "data.init_args.num_val_samples=4",
-    "data.init_args.batch_size=4",
-    "trainer.accelerator=cpu",
-    "trainer.logger=false",
-    "trainer.enable_progress_bar=false",
-    "trainer.callbacks.samples.init_args.prompts=[a photo of a circle]",
-]
-SMALL = [*SHARED, "trainer.max_steps=2", "model.init_args.ratio=1"]
-TEACHER = [
-    "quickstart",
-    *SHARED,
-    "model.init_args.optimizer.name=adamw",
-    "trainer.max_steps=1",
-    "trainer.callbacks.score=null",
-    "trainer.callbacks.report=null",
-]
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +42,14 @@ def small(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(benchmark, "TEACHER_STEPS", (4, 100))
     monkeypatch.setattr(benchmark, "STUDENT_STEPS", (4, 8))
     monkeypatch.setattr(benchmark, "obtain", lambda *_: TinyWorldClassifier(ClassifierConfig()).eval())
-    assert cli.main(["run", *TEACHER]) == 0
+    assert cli.main(["run", "quickstart", *SMALL_TEACHER]) == 0
     return benchmark
 
 
 def test_arms_are_run_once_and_judged_on_the_same_pictures(
     small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["distillation.py", "main", "--set", *SMALL])
+    monkeypatch.setattr(sys, "argv", ["distillation.py", "main", "--set", *SMALL_STUDENT])
     monkeypatch.setattr(small, "speed", lambda _: 20.0)
     small.main()
     (seed,) = json.loads((tmp_path / "outputs/distillation/distillation.json").read_text())
@@ -124,7 +104,7 @@ def after_one_iteration(
     """Role -> its weights in one row."""
     number = len(list((folder / f"arms/seed-{SEED}").glob("*"))) if settings else control
     arm = small.Arm(str(number), "main", 4, tuple(settings), control)
-    settings = [*SMALL, "trainer.max_steps=1"]
+    settings = [*SMALL_STUDENT, "trainer.max_steps=1"]
     bench = small.Bench(folder / "arms", folder / "outputs/quickstart/pipeline", SEED, settings, None, None)
     bench.run(arm)
     state = torch.load(bench.output(arm) / "checkpoints/last.ckpt", weights_only=True)["state_dict"]

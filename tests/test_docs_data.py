@@ -8,14 +8,13 @@ import json
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from docs_pages import DOCS, blocks_of, commands, lightning_run, photograph, write_pipeline
+from docs_pages import DOCS, blocks_of, commands, free_port, lightning_run, photograph, write_pipeline
 from safetensors.torch import load_file
 
 from data_modules.manifest import read_manifest
@@ -70,12 +69,6 @@ def write_photographs(folder: Path) -> None:
     for name in ("half", "renamed", "thumbnail", "alone"):
         (folder / f"{name}.txt").write_text("a harbour")
     (folder / "silent.txt").write_text("  \n")
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @dataclass

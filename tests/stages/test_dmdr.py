@@ -1,6 +1,8 @@
 """Distillation: who learns when, from what, and that an interrupted run goes on exactly."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -394,6 +396,18 @@ def test_rewards_wait_for_their_start(teacher, tmp_path):
     assert seen.figures["train/student_step"] == 3 and "train/reward_loss" in seen.figures
     module = rewarded(teacher, "grpo", start_step=3)
     assert "train/reward_loss" not in fit(module, tmp_path / "b", 3, callbacks=[Red()]).figures
+
+
+def test_a_run_that_goes_on_records_every_picture_once(teacher, tmp_path):
+    def run(steps: int, resume: Path | None = None) -> None:
+        fit(rewarded(teacher, "backprop"), tmp_path, steps, resume=resume, callbacks=[Red()])
+
+    run(2)
+    shutil.copy(last_checkpoint(tmp_path), tmp_path / "two.ckpt")
+    run(3, tmp_path / "two.ckpt")
+    run(3, tmp_path / "two.ckpt")  # the third step is taken again
+    lines = (tmp_path / "rewards/rank-0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1] * SAMPLES + [2] * SAMPLES + [3] * SAMPLES
 
 
 def test_the_policys_loss_is_minus_the_advantage_times_the_density_of_the_step():

@@ -344,7 +344,7 @@ class DMDRModule(LightningModule):
         advantages = torch.ones_like(losses)
         if self.reward is not None and self.is_rewarded():
             if self.reward.form == "advantage":
-                advantages = self.reward.weight * self.rewarded.advantages(clean, batch, step)
+                advantages = self.reward.weight * self.rewarded.advantages(clean, batch, step + 1)
             else:
                 reward_losses = self.reward_losses(generated, batch, step)
                 losses, figures["reward_loss"] = losses + reward_losses.mean(), reward_losses.mean()
@@ -395,7 +395,7 @@ class DMDRModule(LightningModule):
             return settings.weight * self.policy_losses(batch, settings, step)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it without declaring
         due = bool(every) and (step + 1) % every == 0
-        return -settings.weight * self.rewarded.value(generated.clean, batch, step, log_all=due)
+        return -settings.weight * self.rewarded.value(generated.clean, batch, step + 1, log_all=due)
 
     def policy_losses(self, batch: dict[str, Any], settings: RewardSettings, step: int) -> Tensor:
         """Roll out groups with noise, score what comes out, and learn from some of the stochastic steps."""
@@ -411,7 +411,7 @@ class DMDRModule(LightningModule):
                 velocity, states[0], grid, lambda _, latents: states.append(latents), eta=eta,
                 fresh_noise=lambda number: self.noise(shapes, f"policy/{number}", step),
             )  # fmt: skip
-        advantages = self.rewarded.advantages(states[-1], batch, step)
+        advantages = self.rewarded.advantages(states[-1], batch, step + 1)
         order = torch.randperm(len(grid) - 2, generator=generator(self.seed, "train/policy/steps", step))
         velocities: dict[int, list[Tensor]] = {}
         for number in order[: settings.policy_steps].tolist():

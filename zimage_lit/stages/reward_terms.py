@@ -32,7 +32,7 @@ class RewardSettings:
     reward's gradient should be a tenth to a half of that of distribution matching."""
 
     form: Literal["backprop", "grpo", "advantage"] = "backprop"  # see `reward_terms.py`
-    weight: float = 1.0  # of the reward's loss (backprop, grpo), or of the advantages; 0 = rewards are only logged
+    weight: float = 1.0  # of the reward's loss; 0 = rewards are only logged. advantage: of the whole guidance term
     start_step: int = 0  # of the student; before it there is distillation alone
     group_size: int = 4  # grpo, advantage: pictures of a prompt that are compared with each other
     std: Literal["group", "global"] = "group"  # grpo, advantage: by whose spread a reward is divided
@@ -87,6 +87,7 @@ class RewardTerm:
     """The rewards of a run, asked about a stage's samples.
 
     groups: consecutive samples of a batch, `group_size` each. `figures` holds what the last question gave to log.
+    step, as the record names it: the trainer's `global_step` when the iteration is over.
     """
 
     def __init__(self, settings: RewardSettings, rewards: RewardSet, codec: LatentCodec) -> None:
