@@ -61,11 +61,11 @@ class Arm:
 ARMS = (
     Arm("low-res", "tiny/low-res"),
     Arm("omni", "tiny/omni", "low-res"),
-    Arm("low-res-longer", "tiny/omni", "low-res", data_of="low-res", as_long_as="omni"),
     Arm("sft", "tiny/sft", "omni"),
     Arm("omni-longer", "tiny/sft", "omni", data_of="omni", as_long_as="sft"),
     Arm("sft-words", "tiny/sft-words", "omni"),
     Arm("sft-counting", "tiny/sft-counting", "omni"),
+    Arm("low-res-longer", "tiny/omni", "low-res", data_of="low-res", as_long_as="omni"),
 )
 QUESTIONS = (("omni", "low-res-longer"), ("sft", "omni-longer"))  # (stage, its control)
 
