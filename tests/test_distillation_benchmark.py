@@ -13,7 +13,9 @@ import pytest
 import torch
 from distillation import SMALL_STUDENT, SMALL_TEACHER
 
-from evaluation.fidelity.comparison import ComparisonSettings
+from data_modules.tinyworld.captions import prompt
+from data_modules.tinyworld.combinations import statements
+from evaluation.fidelity.comparison import ComparisonSettings, Estimate
 from evaluation.fidelity.tinyworld_classifier import ClassifierConfig, TinyWorldClassifier
 from zimage_lit import cli
 from zimage_lit.backbone import S3DiT
@@ -41,7 +43,8 @@ def small(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(benchmark, "NUMBERS", np.repeat(np.arange(len(benchmark.statements())), 2))
     monkeypatch.setattr(benchmark, "TEACHER_STEPS", (4, 100))
     monkeypatch.setattr(benchmark, "STUDENT_STEPS", (4, 8))
-    monkeypatch.setattr(benchmark, "obtain", lambda *_: TinyWorldClassifier(ClassifierConfig()).eval())
+    untrained = TinyWorldClassifier(ClassifierConfig()).eval()
+    monkeypatch.setattr(benchmark, "obtain", lambda *_: untrained)
     assert cli.main(["run", "quickstart", *SMALL_TEACHER]) == 0
     return benchmark
 
@@ -63,7 +66,28 @@ def test_arms_are_run_once_and_judged_on_the_same_pictures(
     small.main()
     printed = capsys.readouterr().out
     assert printed.count("is finished") == 2 and drawn.stat().st_mtime_ns == before
-    assert printed.count(" | yes |") + printed.count(" | no |") == len(seed["bars"])
+    assert printed.count(" | yes |") + printed.count(" | no |") == len(seed["bars"]) == 6
+
+
+def test_stored_judgements_are_those_of_the_same_question(benchmark: ModuleType, tmp_path: Path) -> None:
+    first, second = (TinyWorldClassifier(ClassifierConfig(width=2)).eval() for _ in range(2))
+    benches = [benchmark.Bench(tmp_path, tmp_path, 0, [], judge, first) for judge in (first, second)]
+    asked, by_another = (benchmark.fingerprint(tmp_path, 8, bench) for bench in benches)
+    (tmp_path / "model_index.json").touch()
+    store = tmp_path / "judged.npz"
+    assert not benchmark.is_kept(store, tmp_path, asked)
+    np.savez(store, asked=asked)
+    assert benchmark.is_kept(store, tmp_path, asked)
+    assert not benchmark.is_kept(store, tmp_path, by_another)
+    assert not benchmark.is_kept(store, tmp_path, benchmark.fingerprint(tmp_path, 4, benches[0]))
+    np.savez(store, right=[True])  # of an older version
+    assert not benchmark.is_kept(store, tmp_path, asked)
+
+
+def test_a_ratio_to_what_may_be_zero_is_a_bar_that_is_not_met(benchmark: ModuleType) -> None:
+    teacher = {4: Estimate.of(0.5, np.linspace(0.4, 0.6, 21)), 100: Estimate.of(0.001, np.linspace(-0.01, 0.01, 21))}
+    (found,) = benchmark.verdicts({f"teacher at {steps}": {"kid": kid} for steps, kid in teacher.items()})
+    assert found["met"] is False and "nothing can be divided by 0.001" in found["error"]
 
 
 SEED = 2  # whose first iteration asks the student at a later step than the first
@@ -119,6 +143,9 @@ def test_the_prompts_are_held_out_and_cover_all_tasks(benchmark: ModuleType) -> 
     asked = benchmark.statements()
     assert {metadata["tag"] for metadata in asked} == set(benchmark.GENEVAL_TASKS)
     assert len({metadata["prompt"] for metadata in asked}) == len(asked)
+    trained = {prompt(statement) for task in benchmark.GENEVAL_TASKS for statement in statements(task, "train")}
+    known = [metadata for metadata in asked if metadata["prompt"] in trained]
+    assert {metadata["tag"] for metadata in known} == {"single_object"}  # a shape alone is no combination
 
 
 def test_experiments_of_all_arms_compose(benchmark: ModuleType) -> None:

@@ -332,6 +332,13 @@ def test_pairs_that_could_not_be_judged_are_left_out_of_the_share() -> None:
     assert scores.isnan().all()
 
 
+def test_a_picture_with_none_to_compare_with_is_not_one_that_could_not_be_judged() -> None:
+    rewards = RewardSet([Redder(invalid_limit=0.0)])
+    scores = rewards.score(pictures(3, 9, 1), ["a", "b", "b"], group_ids=[0, 1, 1])
+    assert scores["redder"].isnan().tolist() == [True, False, False]
+    assert rewards.logged(scores)["reward/redder_invalid"] == 0
+
+
 # ------------------------------------------------------------------------------------------------------- advantages
 
 
@@ -392,6 +399,14 @@ def test_a_picture_that_cannot_be_judged_gets_no_gradient_not_even_nan() -> None
 def test_held_out_rewards_are_not_differentiated() -> None:
     with pytest.raises(UserError, match="is differentiable and not held out"):
         RewardSet([Root(held_out=True), Red()]).differentiable([torch.zeros(3, 2, 2)], named("a"))
+
+
+def test_a_reward_that_sees_groups_is_not_differentiated_over_the_whole_batch() -> None:
+    class RootInGroup(Root):
+        kind = "groupwise"
+
+    with pytest.raises(UserError, match="root_in_group is differentiable and groupwise, but no groups"):
+        RewardSet([RootInGroup()]).differentiable([torch.ones(3, 2, 2)] * 2, named("a", "b"))
 
 
 def test_a_differentiable_reward_scores_finished_pictures_too() -> None:
@@ -463,6 +478,16 @@ def test_a_run_that_goes_on_writes_each_step_once(tmp_path: Path) -> None:
     for step in (2, 3):
         rewards.score(pictures(step), ["a"], step=step)
     assert record.path.read_text() == whole
+
+
+def test_a_record_is_cut_by_its_own_line_ends_wherever_it_was_torn(tmp_path: Path) -> None:
+    record = RewardRecord(tmp_path / "r.jsonl")
+    rewards = RewardSet([Red()], record)
+    rewards.score(pictures(1), ["two\u2028lines\x85of one prompt"], step=1)
+    whole = record.path.read_bytes()
+    record.path.write_bytes(whole + '{"prompt": "圆'.encode()[:-1])  # killed within a character
+    rewards.forget_after(1)
+    assert record.path.read_bytes() == whole
 
 
 def test_another_code_or_setting_of_the_class_is_another_version() -> None:

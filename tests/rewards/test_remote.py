@@ -178,6 +178,7 @@ def test_a_reward_that_fails_at_the_server_says_why() -> None:
         b'{"images": ["AAAA"], "prompts": ["a"]}',
         b'{"images": [], "prompts": ["a"]}',
         b'{"images": [], "prompts": [], "metadata": [3]}',
+        b"[" * 200_000,
     ],
 )
 def test_the_server_refuses_requests_of_another_form(content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -169,3 +170,15 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         YesNoReward(endpoint, question="Is it good?")
     with pytest.raises(UserError, match="low must be below high, not 5 and 5"):
         RatingReward(endpoint, low=5)
+
+
+def test_questions_that_were_given_up_do_not_hold_the_end_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    before = set(threading.enumerate())
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes questions and answers none
+        settings = EndpointSettings(f"http://127.0.0.1:{silent.getsockname()[1]}", "m", workers=2, wait=0)
+        reward = YesNoReward(settings, time_limit=0.2, required=False)
+        with pytest.warns(UserWarning, match="no answer within"):
+            assert RewardSet([reward]).score(IMAGES, ["a", "b"])["yes_no"].isnan().all()
+        asking = set(threading.enumerate()) - before
+        assert asking and all(thread.daemon for thread in asking)

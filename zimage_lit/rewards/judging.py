@@ -49,11 +49,12 @@ class Judge:
                 scores[places] = self.win_rates(*chosen)
             else:
                 scores[places] = self.call(self.reward.score, len(places), *chosen)
-        self.count(int(scores.isnan().sum()), len(scores))
+        shown = [place for places in parts for place in places]
+        self.count(int(scores[shown].isnan().sum()), len(shown))
         return scores
 
     def parts(self, number: int, groups: Sequence[Sequence[int]] | None) -> list[list[int]]:
-        """The places of the pictures of each call."""
+        """The places of the pictures of each call; of a pairwise reward those that have another to compare with."""
         if self.reward.kind == "pointwise":
             size = self.reward.batch_size
             return [list(range(start, min(start + size, number))) for start in range(0, number, size)]
@@ -62,7 +63,8 @@ class Judge:
                 f"the reward {self.reward.name} is {self.reward.kind}, and what asks for its scores knows no groups: "
                 "use a pointwise reward here."
             )
-        return [list(group) for group in groups]
+        fewest = 2 if self.reward.kind == "pairwise" else 1  # a picture by itself is not one that failed
+        return [list(group) for group in groups if len(group) >= fewest]
 
     def win_rates(self, images: list[Tensor], prompts: list[str], metadata: list[Metadata]) -> Tensor:
         """Of one group, its pairs in calls of `batch_size`."""

@@ -53,6 +53,7 @@ class RewardRecord:
     def forget_after(self, step: int) -> None:
         """Drop the lines of later steps (and a torn last one): a run that goes on from `step` takes those again."""
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_atomically(self.path, "".join(kept))
+            # bytes: a torn line may end within a character, and text has other line ends, which a prompt may hold
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+            write_atomically(self.path, b"".join(kept))

@@ -135,14 +135,21 @@ class RewardSet:
         """Name -> (B,) with gradient, of the differentiable rewards that are not held out, NaN where none is given.
 
         images: float (3, H, W) in [-1, 1], as a codec decodes them. A picture that a reward could not judge gets no
-        gradient from it, not even NaN. There is no time limit: a graph is not left half made.
-        Raises UserError for a reward that fails (`required: false` does not help here), and where there is none.
+        gradient from it, not even NaN. All are shown in one call, whatever batch_size says, and there is no time limit:
+        a graph is not left half made.
+        Raises UserError for a reward that fails (`required: false` does not help here), for one that is not pointwise,
+        and where there is none.
         """
         metadata = [{}] * len(prompts) if metadata is None else metadata
         rewards = [reward for reward in self.weighing if reward.differentiable]
         self.check_any(rewards, "is differentiable and not held out")
         scores, applies = {}, {}
         for reward in rewards:
+            if reward.kind != "pointwise":
+                raise UserError(
+                    f"the reward {reward.name} is differentiable and {reward.kind}, but no groups are formed where "
+                    "rewards are differentiated: make it pointwise, or set held_out to true."
+                )
             places = [place for place in range(len(prompts)) if reward.applies_to(prompts[place], metadata[place])]
             values = torch.full((len(images),), math.nan, device=images[0].device)
             if places:

@@ -100,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, self.server.score(json.loads(content)))
         except UserError as error:
             self.answer(500, {"error": str(error)})
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter from lists nested too deep
             self.answer(400, {"error": str(error)})
 
     def answer(self, status: int, content: dict[str, Any]) -> None:

@@ -4,8 +4,8 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import torch
@@ -68,8 +68,9 @@ class Endpoint:
             content = self.request(*question, max_tokens or self.settings.max_tokens)
             return read_answer(connection.ask("POST", self.url, content), self.url)
 
-        with ThreadPoolExecutor(self.settings.workers) as pool:
-            return list(pool.map(ask, questions))
+        # Not concurrent.futures: a program that ends would go on asking what a time_limit has long given up.
+        with ThreadPool(self.settings.workers) as pool:
+            return list(pool.imap(ask, questions))
 
     def headers(self) -> dict[str, str]:
         variable = self.settings.api_key_env
