@@ -6,12 +6,14 @@ import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import numpy as np
 import pytest
 import torch
 from distillation import LAYOUTS, SAMPLES, SIZES, WAYS, Codec, Encoder, Stage, batch_of, fit, same, stage, write_teacher
+from lightning.pytorch.strategies import DDPStrategy
 from variants import PROMPTS, write_pipeline
 
 from zimage_lit.backbone.parallelize import ParallelizeSettings
@@ -467,6 +469,7 @@ def test_settings_that_do_not_go_together_are_named(settings, message):
         lambda: RolloutSettings(0),
         lambda: RewardSettings("best"),  # type: ignore[arg-type]
         lambda: RewardSettings(weight=-1.0),
+        lambda: RewardSettings("advantage", weight=0.0),  # no guidance would be left
         lambda: RewardSettings("grpo", group_size=1),
         lambda: DynamicGuidanceSettings(start=1.5),
     ],
@@ -474,6 +477,27 @@ def test_settings_that_do_not_go_together_are_named(settings, message):
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(UserError):
         settings()
+
+
+@pytest.mark.parametrize(
+    ("settings", "trainer", "message"),
+    [
+        ({}, {"gradient_clip_val": 1.0}, "set trainer.gradient_clip_val to null"),  # defaults/run.yaml's
+        ({}, {"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches to 1"),
+        ({}, {"callbacks": [Red()]}, r"has rewards \(red\), and without model.init_args.reward nobody asks"),
+        ({"objective": ObjectiveSettings(ida=0.999)}, {"precision": "bf16-true"}, "ida blends by less"),
+    ],
+)
+def test_settings_of_the_trainer_that_it_cannot_have_are_named(teacher, tmp_path, settings, trainer, message):
+    with pytest.raises(UserError, match=message):
+        fit(stage(teacher, "copies", **settings), tmp_path, 1, **trainer)
+
+
+def test_whole_networks_on_several_devices_are_refused(teacher):
+    module = stage(teacher, "copies")
+    module._trainer = SimpleNamespace(strategy=DDPStrategy(), precision="32-true")  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"trainer\.strategy=fsdp2: set that, or devices=1"):
+        module.setup("fit")
 
 
 def test_a_run_goes_on_with_its_own_layout_and_teacher_alone(teacher, tmp_path):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -22,7 +23,7 @@ from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.lora import LoRASettings, check_adapter_types
 from zimage_lit.objectives import distillation, flow_matching
 from zimage_lit.objectives.timesteps import RenoiseLaw, TimestepLaw, dynamic_teacher_scale
-from zimage_lit.rewards import RewardSet
+from zimage_lit.rewards import RewardSet, find_rewards
 from zimage_lit.rng import generator
 from zimage_lit.sampling import sigmas
 from zimage_lit.sampling.guidance import guided, guided_velocity
@@ -228,6 +229,18 @@ class DMDRModule(LightningModule):
     def setup(self, stage: str) -> None:
         if str(self.trainer.precision) == "16-mixed":  # its scaled gradients would be clipped as if they were not
             raise UserError("trainer.precision=16-mixed overflows in this network: set it to bf16-mixed or 32-true.")
+        if self.objective.ida is not None and str(self.trainer.precision) == "bf16-true":
+            raise UserError(
+                "model.init_args.objective.ida blends by less than the last digit of bfloat16 weights: set "
+                "trainer.precision to bf16-mixed, or ida to null."
+            )
+        if isinstance(self.trainer.strategy, DDPStrategy):  # it waits for gradients of all roles in each turn
+            raise UserError("DMDRModule trains on several devices with trainer.strategy=fsdp2: set that, or devices=1.")
+        if self.reward is None and (rewards := find_rewards(self.trainer)):
+            raise UserError(
+                f"trainer.callbacks has rewards ({', '.join(reward.name for reward in rewards)}), and without "
+                "model.init_args.reward nobody asks them: give reward.form, say, or remove them."
+            )
         check_encoded_by(getattr(self.trainer, "datamodule", None), self.codec, self.text_encoder)
         device = self.trainer.strategy.root_device  # our own is set later, together with the backbone's
         self.text_encoder.to(device)

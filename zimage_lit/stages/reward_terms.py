@@ -32,7 +32,7 @@ class RewardSettings:
     reward's gradient should be a tenth to a half of that of distribution matching."""
 
     form: Literal["backprop", "grpo", "advantage"] = "backprop"  # see `reward_terms.py`
-    weight: float = 1.0  # of the reward's loss; 0 = rewards are only logged. advantage: of the whole guidance term
+    weight: float = 1.0  # of the reward's loss; 0 = rewards are only logged. advantage: of all guidance, above 0
     start_step: int = 0  # of the student; before it there is distillation alone
     group_size: int = 4  # grpo, advantage: pictures of a prompt that are compared with each other
     std: Literal["group", "global"] = "group"  # grpo, advantage: by whose spread a reward is divided
@@ -46,6 +46,8 @@ class RewardSettings:
             raise UserError(f"{key}.form must be one of {', '.join(FORMS)}, not {self.form}.")
         if not 0 <= self.weight < math.inf:
             raise UserError(f"{key}.weight must be 0 or more, not {self.weight}.")
+        if self.form == "advantage" and self.weight == 0:
+            raise UserError(f"{key}.weight=0 with form=advantage would take all guidance away: set it above 0.")
         if self.start_step < 0:
             raise UserError(f"{key}.start_step must be 0 or more, not {self.start_step}.")
         if self.form != "backprop" and self.group_size < 2:
