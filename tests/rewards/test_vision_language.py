@@ -5,6 +5,7 @@ import math
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures.thread import _threads_queues as waited_for
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -182,3 +183,4 @@ def test_questions_that_were_given_up_do_not_hold_the_end_of_a_program(monkeypat
             assert RewardSet([reward]).score(IMAGES, ["a", "b"])["yes_no"].isnan().all()
         asking = set(threading.enumerate()) - before
         assert asking and all(thread.daemon for thread in asking)
+        assert asking.isdisjoint(waited_for)  # the interpreter waits for these, daemons or not
