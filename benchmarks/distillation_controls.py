@@ -66,7 +66,3 @@ class RewardAndL2(RewardAlone):
                 latents = [x + (sigma - after) * v for x, v in zip(latents, velocity(latents, 1 - sigma), strict=True)]
             t = torch.full((len(latents),), 1 - float(grid[-1]), device=self.device)
             return flow_matching.clean_from_velocity(latents, network(latents, t, generated.features), t)
-
-
-class RewardAndStrongL2(RewardAndL2):
-    l2 = 4.0
