@@ -447,6 +447,7 @@ def test_an_unknown_key_is_an_error():
         ({"dynamic_guidance": DynamicGuidanceSettings()}, "dynamic_guidance moves the teacher"),
         ({"objective": ObjectiveSettings(ida=0.9), "layout": "fake_lora", "fake_lora": LoRASettings()}, "ida blends"),
         ({"ratio": 0}, "ratio must be at least 1"),
+        ({"canvases": [(64, 0)]}, "canvases: each width and height must be at least 1, not 0"),
         ({"gradient_clip_val": 0.0}, "gradient_clip_val must be more than 0"),
         ({"reward": RewardSettings("advantage"), "objective": ObjectiveSettings("coupled")}, "guidance term"),
         ({"reward": RewardSettings("grpo", policy_steps=8)}, "policy_steps must be less than"),
@@ -505,6 +506,11 @@ def test_a_run_goes_on_with_its_own_layout_and_teacher_alone(teacher, tmp_path):
     last = last_checkpoint(tmp_path / "run")
     with pytest.raises(UserError, match=r"was trained with .*layout=fake_lora"):
         fit(stage(teacher, "copies"), tmp_path / "other", 4, resume=last)
+    kept = torch.load(last, weights_only=True)
+    del kept["layout"]  # as a checkpoint of FlowMatchingModule is
+    torch.save(kept, other := tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match=r"is of another stage: name it as model\.init_args\.init_from"):
+        fit(stage(teacher, "fake_lora"), tmp_path / "other", 4, resume=other)
     with pytest.raises(UserError, match="another teacher"):
         fit(stage(write_teacher(tmp_path / "transformer", seed=8), "fake_lora"), tmp_path / "other", 4, resume=last)
     with pytest.raises(UserError, match="init_from is not given"):

@@ -126,6 +126,8 @@ class DMDRModule(LightningModule):
         self.gradient_clip_val = gradient_clip_val
         if self.objective.ida is not None and layout != "copies":
             raise UserError("model.init_args.objective.ida blends whole networks: set layout=copies, or ida to null.")
+        for side in [side for size in canvases or [] for side in size]:
+            at_least_one("model.init_args.canvases: each width and height", side)
         self.canvases = canvases
         self.seed = seed
         self.parallelize = parallelize or ParallelizeSettings()
@@ -192,9 +194,14 @@ class DMDRModule(LightningModule):
         checkpoint |= {"layout": self.layout, "frozen": self.frozen, "role_steps": dict(self.steps)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if checkpoint.get("layout") != self.layout:
+        if "layout" not in checkpoint:
             raise UserError(
-                f"the checkpoint to continue from was trained with model.init_args.layout={checkpoint.get('layout')}: "
+                "the checkpoint to continue from is of another stage: name it as model.init_args.init_from or "
+                "student_init_from, or give the run an output_dir of its own."
+            )
+        if checkpoint["layout"] != self.layout:
+            raise UserError(
+                f"the checkpoint to continue from was trained with model.init_args.layout={checkpoint['layout']}: "
                 f"set that back in place of {self.layout}, or name another checkpoint."
             )
         self.check_base(checkpoint)
