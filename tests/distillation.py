@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning
 import torch
+from ranks import Steps
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -45,7 +46,6 @@ SMALL_TEACHER = [
     "trainer.callbacks.report=null",
 ]
 SMALL_STUDENT = [*SHARED, "trainer.max_steps=2", "model.init_args.ratio=1"]
-SAMPLES = 4  # in a step, of all ranks together
 LAYOUTS = ("copies", "fake_lora", "adapters")
 WAYS = (*LAYOUTS, "student_lora")  # the layouts, and fake_lora with a LoRA as the student
 
@@ -94,32 +94,9 @@ def batch_of(ids: range) -> dict[str, Any]:
     }
 
 
-class Steps:
-    """Batches of numbered samples: the same samples make a step, however many ranks share them."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size, self.done = rank, world_size, 0
-
-    def __len__(self) -> int:
-        return 1000
-
-    def __iter__(self) -> Any:
-        while True:
-            share = SAMPLES // self.world_size
-            first = self.done * SAMPLES + self.rank * share
-            self.done += 1
-            yield batch_of(range(first, first + share))
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.done = state["done"]
-
-
 class Data(lightning.LightningDataModule):
     def train_dataloader(self) -> Steps:
-        return Steps(self.trainer.global_rank, self.trainer.world_size)
+        return Steps(self.trainer.global_rank, self.trainer.world_size, batch_of)
 
 
 @dataclass

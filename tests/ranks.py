@@ -50,3 +50,29 @@ def serve(pipe: Any, rank: int, port: int) -> None:
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+SAMPLES = 4  # in a step, of all ranks together
+
+
+class Steps:
+    """Batches of numbered samples, made by `batch_of`: the same make a step, however many ranks share them."""
+
+    def __init__(self, rank: int, world_size: int, batch_of: Callable[[range], dict[str, Any]]) -> None:
+        self.rank, self.world_size, self.batch_of, self.done = rank, world_size, batch_of, 0
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __iter__(self) -> Any:
+        while True:
+            share = SAMPLES // self.world_size
+            first = self.done * SAMPLES + self.rank * share
+            self.done += 1
+            yield self.batch_of(range(first, first + share))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.done = state["done"]

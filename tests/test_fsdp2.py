@@ -14,7 +14,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from ranks import Ranks
+from ranks import SAMPLES, Ranks, Steps
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -37,7 +37,6 @@ SIZES = {
     "preset": "tiny", "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
     "cap_feat_dim": 12, "axes_dims": [4, 6, 6], "pad_multiple": 32,
 }  # fmt: skip
-SAMPLES = 4  # in a step, of all ranks together
 
 
 class Frozen:
@@ -45,29 +44,6 @@ class Frozen:
 
     def to(self, device: torch.device) -> "Frozen":
         return self
-
-
-class Steps:
-    """Batches of numbered samples: the same samples make a step, however many ranks share them."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size, self.done = rank, world_size, 0
-
-    def __len__(self) -> int:
-        return 1000
-
-    def __iter__(self) -> Any:
-        while True:
-            share = SAMPLES // self.world_size
-            first = self.done * SAMPLES + self.rank * share
-            self.done += 1
-            yield batch_of(range(first, first + share))
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.done = state["done"]
 
 
 def batch_of(ids: range) -> dict[str, Any]:
@@ -94,7 +70,7 @@ class Stage(FlowMatchingModule):
 
 class Data(lightning.LightningDataModule):
     def train_dataloader(self) -> Steps:
-        return Steps(self.trainer.global_rank, self.trainer.world_size)
+        return Steps(self.trainer.global_rank, self.trainer.world_size, batch_of)
 
 
 @dataclass

@@ -12,8 +12,9 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from distillation import LAYOUTS, SAMPLES, SIZES, WAYS, Codec, Encoder, Stage, batch_of, fit, same, stage, write_teacher
+from distillation import LAYOUTS, SIZES, WAYS, Codec, Encoder, Stage, batch_of, fit, same, stage, write_teacher
 from lightning.pytorch.strategies import DDPStrategy
+from ranks import SAMPLES
 from variants import PROMPTS, write_pipeline
 
 from zimage_lit.backbone.parallelize import ParallelizeSettings
