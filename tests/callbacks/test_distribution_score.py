@@ -109,7 +109,7 @@ def network(
 def scored(score: DistributionScore, folder: Path, codec: HalvingCodec | None = None) -> dict[str, float]:
     trainer = trainer_in(folder)
     score.setup(trainer, stage(codec), "fit")
-    score.score(trainer, stage(codec))
+    score.look(trainer, stage(codec))
     return trainer.loggers[0].metrics
 
 
@@ -234,7 +234,7 @@ def test_other_processes_leave_it_to_the_first(
     calls = network(score, monkeypatch)
     trainer = trainer_in(tmp_path, first=False)
     score.setup(trainer, stage(), "fit")
-    score.score(trainer, stage())
+    score.look(trainer, stage())
     assert not calls and not folders and not (tmp_path / "fidelity").exists()
 
 

@@ -67,7 +67,7 @@ def test_each_canvas_has_its_own_score_and_all_together_the_mean(
     monkeypatch.setattr(tinyworld_score, "draw_pictures", true_pictures(wrong_size=(96, 64)))
     trainer = trainer_in(tmp_path)
     score = TinyWorldScore(prompts_per_task=2, canvases=CANVASES)
-    score.score(trainer, None)  # type: ignore[arg-type]
+    score.look(trainer, None)  # type: ignore[arg-type]
     written = json.loads((tmp_path / "scores/step-00000007.json").read_text())
     assert {name: part["overall"]["accuracy"] for name, part in written["canvases"].items()} == {"48x48": 1, "96x64": 0}
     assert written["overall"]["accuracy"] == 0.5 and written["tasks"]["counting"]["n"] == 4
@@ -80,7 +80,7 @@ def test_each_canvas_has_its_own_score_and_all_together_the_mean(
 def test_one_canvas_is_scored_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tinyworld_score, "draw_pictures", true_pictures())
     trainer = trainer_in(tmp_path)
-    TinyWorldScore(prompts_per_task=1).score(trainer, None)  # type: ignore[arg-type]
+    TinyWorldScore(prompts_per_task=1).look(trainer, None)  # type: ignore[arg-type]
     written = json.loads((tmp_path / "scores/step-00000007.json").read_text())
     assert "canvases" not in written and written["overall"]["accuracy"] == 1
     assert not [name for name in trainer.loggers[0].metrics if "x" in name.rpartition("_")[2]]
@@ -106,10 +106,10 @@ def test_the_grid_takes_its_canvases_in_turn(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(sample_grid, "draw_pictures", pictures)
     trainer = trainer_in(tmp_path)
-    SampleGrid(["a", "b", "c"], canvases=CANVASES).draw(trainer, None)  # type: ignore[arg-type]
+    SampleGrid(["a", "b", "c"], canvases=CANVASES).look(trainer, None)  # type: ignore[arg-type]
     assert [image.size for image in trainer.loggers[0].images.values()] == [(48, 48), (96, 64), (48, 48)]
     assert (tmp_path / "samples/step-00000007.png").is_file()
-    SampleGrid(["a"], sampling=SamplingSettings(height=32, width=80)).draw(trainer, None)  # type: ignore[arg-type]
+    SampleGrid(["a"], sampling=SamplingSettings(height=32, width=80)).look(trainer, None)  # type: ignore[arg-type]
     assert asked[-1][-1] == [(80, 32)]
 
 
@@ -120,7 +120,7 @@ def test_the_grid_has_a_row_for_each_number_of_steps(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sample_grid, "draw_pictures", pictures)
     trainer = trainer_in(tmp_path)
     grid = SampleGrid(["a", "b"], step_counts=[1, 4], sampling=SamplingSettings(num_inference_steps=8))
-    grid.draw(trainer, None)  # type: ignore[arg-type]
+    grid.look(trainer, None)  # type: ignore[arg-type]
     assert {name: image.width for name, image in trainer.loggers[0].images.items()} == {
         "samples/prompt_00/1_steps": 1,
         "samples/prompt_01/1_steps": 1,

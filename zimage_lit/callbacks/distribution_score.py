@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -23,13 +23,14 @@ from evaluation.benchmarks import geneval
 from evaluation.fidelity.comparison import ComparisonSettings, Estimate, FidelityMetric, PictureSet, compare, share
 from evaluation.fidelity.tinyworld_classifier import TinyWorldClassifier, as_input, judge, obtain
 from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures, joins_in_drawing
-from zimage_lit.errors import UserError, at_least_one
+from zimage_lit.callbacks.schedule import Scheduled
+from zimage_lit.errors import UserError
 from zimage_lit.files import write_atomically
 
 BATCH = 256  # pictures that the classifier reads at once
 
 
-class DistributionScore(Callback):
+class DistributionScore(Scheduled):
     """Compares pictures drawn with the averaged weights with TinyWorld's own, before the first step and after the last.
 
     num_prompts: of TinyWorld's, in the shares of its tasks.   pictures_per_prompt: drawn for each, and real ones.
@@ -63,6 +64,7 @@ class DistributionScore(Callback):
         classifier: str | None = None,
         comparison: ComparisonSettings | None = None,
     ) -> None:
+        super().__init__(every_n_steps, at_start)
         self.sampling = sampling or SamplingSettings()
         self.samplings = {
             count: replace(self.sampling, num_inference_steps=count)
@@ -75,16 +77,12 @@ class DistributionScore(Callback):
                 "DistributionScore needs two prompts with two pictures each at least: set num_prompts, which is "
                 f"{num_prompts}, and pictures_per_prompt, which is {pictures_per_prompt}, to 2 or more."
             )
-        if every_n_steps is not None:
-            at_least_one("DistributionScore: every_n_steps", every_n_steps)
         self.statements: list[Metadata] = [
             draw(index, seed, split, size=self.size).metadata for index in range(num_prompts)
         ]
         self.pictures_per_prompt = pictures_per_prompt
         self.split = split
         self.seed = seed
-        self.every_n_steps = every_n_steps
-        self.at_start = at_start
         self.real = real
         self.classifier_folder = classifier
         self.comparison = comparison or ComparisonSettings()
@@ -109,19 +107,7 @@ class DistributionScore(Callback):
             )
         return Path(data_dir) / CLASSIFIER
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 0 and self.at_start:
-            self.score(trainer, pl_module)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        step = trainer.global_step  # 0 while the first step still accumulates batches
-        if step and self.every_n_steps and step % self.every_n_steps == 0:
-            self.score(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.score(trainer, pl_module)
-
-    def score(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
         if any(entry["step"] == step for entry in self.history) or not joins_in_drawing(trainer):
             return

@@ -3,18 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from PIL import Image
 
 from zimage_lit.callbacks.sampling import SamplingSettings, checked_sizes, draw_pictures, joins_in_drawing
+from zimage_lit.callbacks.schedule import Scheduled
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import write_atomically
 from zimage_lit.grids import encoded, labelled_grid
 
 
-class SampleGrid(Callback):
+class SampleGrid(Scheduled):
     """Draws `prompts` every `every_n_steps`: one grid on disk (`samples/step-….png`), one image per prompt in MLflow.
 
     Keys (`samples/prompt_00` …) and steps are the same in every run, so two runs line up in the comparison view.
@@ -33,10 +33,10 @@ class SampleGrid(Callback):
         canvases: list[tuple[int, int]] | None = None,
         step_counts: list[int] | None = None,
     ) -> None:
+        super().__init__(at_least_one("SampleGrid: every_n_steps", every_n_steps))
         if not prompts:
             raise UserError("SampleGrid: prompts is empty, give at least one prompt.")
         self.prompts = list(prompts)
-        self.every_n_steps = at_least_one("SampleGrid: every_n_steps", every_n_steps)
         self.seed = seed
         self.sampling = sampling or SamplingSettings()
         sizes = checked_sizes("SampleGrid: canvases", canvases, self.sampling)
@@ -48,18 +48,7 @@ class SampleGrid(Callback):
             at_least_one("SampleGrid: step_counts", steps)
         self._drawn_step = -1
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 0:
-            self.draw(trainer, pl_module)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
-            self.draw(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.draw(trainer, pl_module)
-
-    def draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
         if step == self._drawn_step or not joins_in_drawing(trainer):
             return

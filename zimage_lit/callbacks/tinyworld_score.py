@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
@@ -16,11 +16,12 @@ from data_modules.tinyworld.verifier import judge
 from data_modules.tinyworld.world import Size, heldout_prompts
 from evaluation.benchmarks import geneval
 from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures, joins_in_drawing
+from zimage_lit.callbacks.schedule import Scheduled
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import write_atomically
 
 
-class TinyWorldScore(Callback):
+class TinyWorldScore(Scheduled):
     """Scores the averaged weights before the first step and after the last one (and in between if asked).
 
     prompts_per_task: pictures of each of the seven tasks, one a prompt, at each canvas.
@@ -44,6 +45,7 @@ class TinyWorldScore(Callback):
         canvases: list[tuple[int, int]] | None = None,
         at_start: bool = True,
     ) -> None:
+        super().__init__(every_n_steps, at_start)
         if language not in LANGUAGES:
             raise UserError(f"TinyWorldScore: language must be {' or '.join(LANGUAGES)}, not {language}.")
         at_least_one("TinyWorldScore: prompts_per_task", prompts_per_task)
@@ -59,25 +61,9 @@ class TinyWorldScore(Callback):
             self.prompts += at_this_size
             self.sizes += [size] * len(at_this_size)
         self.seed = seed
-        self.at_start = at_start
-        if every_n_steps is not None:
-            at_least_one("TinyWorldScore: every_n_steps", every_n_steps)
-        self.every_n_steps = every_n_steps
         self.history: list[dict[str, Any]] = []  # one summary a scoring: step, overall, tasks, word
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 0 and self.at_start:
-            self.score(trainer, pl_module)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        step = trainer.global_step  # 0 while the first step still accumulates batches
-        if step and self.every_n_steps and step % self.every_n_steps == 0:
-            self.score(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.score(trainer, pl_module)
-
-    def score(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
         if any(summary["step"] == step for summary in self.history) or not joins_in_drawing(trainer):
             return
