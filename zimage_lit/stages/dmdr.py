@@ -14,7 +14,6 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from zimage_lit.backbone import S3DiT
 from zimage_lit.backbone.parallelize import ParallelizeSettings, local
@@ -29,9 +28,16 @@ from zimage_lit.sampling import sigmas
 from zimage_lit.sampling.guidance import guided, guided_velocity
 from zimage_lit.sampling.solvers import SOLVERS
 from zimage_lit.stages.distillation_settings import DynamicGuidanceSettings, ObjectiveSettings, RolloutSettings
-from zimage_lit.stages.frozen_parts import check_encoded_by, check_text_to_image, encode_images
+from zimage_lit.stages.frozen_parts import check_text_to_image, picture_latents, prepare_frozen_parts
+from zimage_lit.stages.gradients import clip_gradients
 from zimage_lit.stages.initial_weights import backbone_config, check_weights, located, store_of
-from zimage_lit.stages.optimizers import LearningRate, OptimizerSettings, build_optimizer, kind_of_states
+from zimage_lit.stages.optimizers import (
+    LearningRate,
+    OptimizerSettings,
+    build_optimizer,
+    check_can_shard,
+    kind_of_states,
+)
 from zimage_lit.stages.reward_terms import RewardSettings, RewardTerm, check_reward, policy_losses, repeated
 from zimage_lit.stages.roles import FAKE, Layout, Roles, check_layout, continue_from, fingerprints, make_networks
 
@@ -169,12 +175,8 @@ class DMDRModule(LightningModule):
         if self.init_from is None:
             raise UserError("model.init_args.init_from is not given: name the model with guidance that is distilled.")
         for name, settings in self.optimizer_settings.items():
-            if settings.name == "muon" and self.device_mesh is not None:
-                key = "student_optimizer" if name == "student" else "fake_optimizer"
-                raise UserError(
-                    f"{key}.name=muon orthogonalises whole matrices, and trainer.strategy=fsdp2 keeps parts of them on "
-                    f"each device: set {key}.name=adamw."
-                )
+            if self.device_mesh is not None:
+                check_can_shard(settings, "student_optimizer" if name == "student" else "fake_optimizer")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """What checkpoints hold: `backbone.…`, what the student has learnt, and `fake_score.…`; nothing frozen."""
@@ -234,8 +236,6 @@ class DMDRModule(LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        if str(self.trainer.precision) == "16-mixed":  # its scaled gradients would be clipped as if they were not
-            raise UserError("trainer.precision=16-mixed overflows in this network: set it to bf16-mixed or 32-true.")
         if self.objective.ida is not None and str(self.trainer.precision) == "bf16-true":
             raise UserError(
                 "model.init_args.objective.ida blends by less than the last digit of bfloat16 weights: set "
@@ -248,10 +248,7 @@ class DMDRModule(LightningModule):
                 f"trainer.callbacks has rewards ({', '.join(reward.name for reward in rewards)}), and without "
                 "model.init_args.reward nobody asks them: give reward.form, say, or remove them."
             )
-        check_encoded_by(getattr(self.trainer, "datamodule", None), self.codec, self.text_encoder)
-        device = self.trainer.strategy.root_device  # our own is set later, together with the backbone's
-        self.text_encoder.to(device)
-        self.codec.to(device)
+        prepare_frozen_parts(self)
 
     def on_train_start(self) -> None:
         if self.reward is not None:
@@ -310,12 +307,7 @@ class DMDRModule(LightningModule):
         place = ROLES.index(role)
         optimizer, schedule = self.optimizers()[place], self.lr_schedulers()[place]  # type: ignore[index]
         parameters = list(self.roles.trained(role).values())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val or math.inf)
-        if isinstance(norm, DTensor):  # of all shards together, still in parts
-            norm = norm.full_tensor()
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it without declaring it
-            if hasattr(callback, "on_gradient_norm"):
-                callback.on_gradient_norm(self.trainer, self, optimizer.optimizer, norm)
+        norm = clip_gradients(self, optimizer.optimizer, parameters, self.gradient_clip_val)
         self.steps[role] += any(parameter.grad is not None for parameter in parameters)  # else a guard has skipped it
         if role == FAKE:
             optimizer.step()  # the one that the trainer counts
@@ -370,7 +362,7 @@ class DMDRModule(LightningModule):
                 losses, figures["reward_loss"] = losses + reward_losses.mean(), reward_losses.mean()
         if terms.guidance is not None:
             losses = losses + advantages * distillation.pseudo_loss(clean, terms.guidance)
-        data = self.data_latents(batch)
+        data = picture_latents(self.codec, batch, self.device)
         if data is not None:
             figures |= moments("data", data)
         return losses + self.data_losses(generated, data, step), figures
@@ -540,13 +532,6 @@ class DMDRModule(LightningModule):
             )
         side = self.codec.downsample
         return [(self.config.in_channels, height // side, width // side) for width, height in sizes]
-
-    @torch.no_grad()
-    def data_latents(self, batch: dict[str, Any]) -> list[Tensor] | None:
-        """Latents of the batch's own pictures, None where it has none."""
-        if "image_latents" in batch:
-            return batch["image_latents"]
-        return encode_images(self.codec, batch["images"], self.device) if "images" in batch else None
 
     # --------------------------------------------------------------------------------------------------- optimisers
 

@@ -1,6 +1,6 @@
 """What a stage asks of its data and its frozen parts before it trains with what they made."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +8,20 @@ from torch import Tensor
 
 from zimage_lit.components import LatentCodec, TextEncoder
 from zimage_lit.errors import UserError
+
+
+def prepare_frozen_parts(stage: Any) -> None:
+    """Check that a stage's trainer and data go with its codec and text encoder, and move both to the device.
+
+    UserError for a precision that overflows, and where `check_encoded_by` says so. For `LightningModule.setup`.
+    """
+    trainer = stage.trainer
+    if str(trainer.precision) == "16-mixed":  # its scaled gradients would be clipped as if they were not
+        raise UserError("trainer.precision=16-mixed overflows in this network: set it to bf16-mixed or 32-true.")
+    check_encoded_by(getattr(trainer, "datamodule", None), stage.codec, stage.text_encoder)
+    device = trainer.strategy.root_device  # the stage's own is set later, together with the backbone's
+    stage.text_encoder.to(device)
+    stage.codec.to(device)
 
 
 def check_encoded_by(datamodule: Any, codec: LatentCodec, text_encoder: TextEncoder) -> None:
@@ -35,6 +49,15 @@ def check_text_to_image(names: Collection[str], stage: str, pictures: bool = Tru
             f"{stage} learns from {'pictures and ' if pictures else ''}captions, and the data give {', '.join(names)}: "
             "name other data, or a stage that learns from these."
         )
+
+
+@torch.no_grad()
+def picture_latents(codec: LatentCodec, batch: Mapping[str, Any], device: torch.device) -> list[Tensor] | None:
+    """Latents (C, h, w) of a batch's pictures, None where it has none."""
+    if "image_latents" in batch:
+        latents: list[Tensor] = batch["image_latents"]
+        return latents
+    return encode_images(codec, batch["images"], device) if "images" in batch else None
 
 
 def encode_images(codec: LatentCodec, images: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -90,6 +90,15 @@ class OptimizerSettings:
         return f"{self.name} with stochastic rounding" if self.stochastic_rounding else self.name
 
 
+def check_can_shard(settings: OptimizerSettings, key: str = "optimizer") -> None:
+    """UserError for settings that need whole weights, where each device keeps parts of them."""
+    if settings.name == "muon":
+        raise UserError(
+            f"{key}.name=muon orthogonalises whole matrices, and trainer.strategy=fsdp2 keeps parts of them on each "
+            f"device: set {key}.name=adamw."
+        )
+
+
 def build_optimizer(
     model: nn.Module | Mapping[str, nn.Parameter], settings: OptimizerSettings, seed: int = 0
 ) -> torch.optim.Optimizer:
