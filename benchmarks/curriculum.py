@@ -33,9 +33,9 @@ from data_modules.buckets import image_tokens
 from data_modules.tinyworld.combinations import GENEVAL_TASKS
 from data_modules.tinyworld.verifier import judge
 from data_modules.tinyworld.world import heldout_prompts
-from evaluation.benchmarks.geneval import evaluate
 from zimage_lit import cli
 from zimage_lit.backbone.flops import forward_flops
+from zimage_lit.callbacks.tinyworld_score import is_right
 from zimage_lit.config import compose
 from zimage_lit.pipeline import ZImagePipeline
 from zimage_lit.stages.initial_weights import backbone_config
@@ -186,10 +186,8 @@ def judge_skills(pipeline: ZImagePipeline, prompts_per_task: int, seed: int) -> 
         with torch.no_grad():
             pictures = pipeline([m["prompt"] for m in prompts], height=height, width=width, seed=noise, batch_size=64)
         for picture, metadata in zip(pictures, prompts, strict=True):
-            record = judge(np.asarray(picture), metadata)
-            if "detections" in record:
-                record = evaluate(metadata, record["detections"])
-            judged.append({"metadata": metadata, "canvas": f"{width}x{height}", "correct": bool(record["correct"])})
+            right = is_right(judge(np.asarray(picture), metadata))
+            judged.append({"metadata": metadata, "canvas": f"{width}x{height}", "correct": right})
     return judged
 
 

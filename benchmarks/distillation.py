@@ -31,11 +31,9 @@ import torch
 from data_modules.tinyworld.combinations import GENEVAL_TASKS, Metadata
 from data_modules.tinyworld.verifier import judge
 from data_modules.tinyworld.world import draw_statement, heldout_prompts
-from evaluation.benchmarks.geneval import evaluate
 from evaluation.fidelity.comparison import (
     ComparisonSettings,
     Estimate,
-    FidelityMetric,
     PictureSet,
     compare,
     prompt_weights,
@@ -44,6 +42,8 @@ from evaluation.fidelity.comparison import (
 )
 from evaluation.fidelity.tinyworld_classifier import ClassifierConfig, TinyWorldClassifier, as_input, obtain
 from zimage_lit import cli
+from zimage_lit.callbacks.distribution_score import picture_set, reconstructed
+from zimage_lit.callbacks.tinyworld_score import is_right
 from zimage_lit.config import compose
 from zimage_lit.files import write_atomically
 from zimage_lit.pipeline import ZImagePipeline
@@ -218,9 +218,9 @@ def draw_and_judge(pipeline: Path, steps: int, store: Path, bench: Bench) -> Jud
                 num_inference_steps=steps,
                 batch_size=64,
             )
-        seen = features(as_input(pictures), bench.classifier)
+        seen = picture_set(as_input(pictures), NUMBERS, bench.classifier, COMPARISON)
         records = (judge(np.asarray(picture), metadata) for picture, metadata in zip(pictures, ASKED, strict=True))
-        right = np.array([evaluate(record["metadata"], record["detections"])["correct"] for record in records])
+        right = np.array([is_right(record) for record in records])
         with torch.no_grad():
             likelihoods = log_likelihoods(bench.reward_classifier(as_input(pictures)), ASKED)
         found = {"features": seen.features, "projections": seen.projections, "right": right}
@@ -245,21 +245,12 @@ def is_kept(store: Path, pipeline: Path, asked: str) -> bool:
     return "asked" in kept and str(kept["asked"]) == asked
 
 
-def features(images: torch.Tensor, classifier: TinyWorldClassifier) -> PictureSet:
-    metric = FidelityMetric(classifier.features, COMPARISON)
-    for places in torch.arange(len(images)).split(256):
-        metric.update(images[places], torch.from_numpy(NUMBERS)[places], real=True)
-    return metric.pictures(real=True)
-
-
 def real_pictures(bench: Bench, first: int = 0) -> PictureSet:
     """As many real pictures of the same prompts, from the world's number `first` on, through the teacher's codec."""
     codec = ZImagePipeline.from_pretrained(bench.teacher).codec
     each = range(first, first + PICTURES)
     images = as_input([draw_statement(metadata, i, REAL_SEED).image for metadata in statements() for i in each])
-    with torch.no_grad():
-        decoded = torch.cat([codec.decode(codec.encode(part)) for part in images.split(256)])
-    return features(((decoded.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1, bench.classifier)
+    return picture_set(reconstructed(images, codec), NUMBERS, bench.classifier, COMPARISON)
 
 
 def accuracy(judged: Judged) -> Estimate:

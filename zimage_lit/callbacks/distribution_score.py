@@ -4,6 +4,7 @@ The losses of distillation do not show whether the student gets better; these di
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +20,12 @@ from data_modules.remote import is_remote
 from data_modules.tinyworld.combinations import Metadata, Split
 from data_modules.tinyworld.prepare import checked_canvases
 from data_modules.tinyworld.world import draw, draw_statement
-from evaluation.benchmarks import geneval
 from evaluation.fidelity.comparison import ComparisonSettings, Estimate, FidelityMetric, PictureSet, compare, share
 from evaluation.fidelity.tinyworld_classifier import TinyWorldClassifier, as_input, judge, obtain
 from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures, joins_in_drawing
 from zimage_lit.callbacks.schedule import Scheduled
+from zimage_lit.callbacks.tinyworld_score import is_right
+from zimage_lit.components import LatentCodec
 from zimage_lit.errors import UserError
 from zimage_lit.files import write_atomically
 
@@ -131,11 +133,8 @@ class DistributionScore(Scheduled):
         """Drawn pictures, float (N, 3, H, W), against real ones, which are made at the first call."""
         if self.real_pictures is None:
             self.real_pictures = self.collected(self.real_images(0, pl_module))
-            self.floor = compare(
-                self.collected(self.real_images(self.pictures_per_prompt, pl_module)),
-                self.real_pictures,
-                self.comparison,
-            )
+            others = self.collected(self.real_images(self.pictures_per_prompt, pl_module))
+            self.floor = compare(others, self.real_pictures, self.comparison)
         found = compare(self.collected(images), self.real_pictures, self.comparison)
         return found | {"accuracy": share(self.right(images), np.array(self.numbers()), self.comparison)}
 
@@ -147,27 +146,18 @@ class DistributionScore(Scheduled):
         for start in range(0, len(images), BATCH):
             places = slice(start, start + BATCH)
             records += judge(self.classifier(images[places]), asked[places])
-        return np.array([record_is_right(record) for record in records])
+        return np.array([is_right(record) for record in records])
 
     def collected(self, images: Tensor) -> PictureSet:
         assert self.classifier is not None  # setup makes it
-        metric = FidelityMetric(self.classifier.features, self.comparison)
-        prompts = torch.tensor(self.numbers())
-        for places in torch.arange(len(images)).split(BATCH):
-            metric.update(images[places], prompts[places], real=False)
-        return metric.pictures(real=False)
+        return picture_set(images, self.numbers(), self.classifier, self.comparison)
 
     def real_images(self, first: int, pl_module: Any) -> Tensor:
         """As many real pictures of each prompt as are drawn, from the world's number `first` on: (N, 3, H, W)."""
         each = range(first, first + self.pictures_per_prompt)
         samples = [draw_statement(statement, i, self.seed, self.size) for statement in self.statements for i in each]
         images = as_input([sample.image for sample in samples])
-        if self.real == "rendered":
-            return images
-        codec = pl_module.codec
-        decoded = torch.cat([codec.decode(codec.encode(part)).cpu() for part in images.split(BATCH)])
-        levels = ((decoded + 1) * 127.5).round()  # as drawn pictures are
-        return levels / 127.5 - 1
+        return images if self.real == "rendered" else reconstructed(images, pl_module.codec)
 
     def write(self, trainer: Trainer, step: int, scores: dict[int, dict[str, Estimate]]) -> None:
         assert self.classifier is not None
@@ -204,10 +194,22 @@ class DistributionScore(Scheduled):
         self.history = list(state_dict["history"])
 
 
-def record_is_right(record: dict[str, Any]) -> bool:
-    if "correct" in record:
-        return bool(record["correct"])
-    return geneval.evaluate(record["metadata"], record["detections"])["correct"]
+def picture_set(
+    images: Tensor, prompts: Sequence[int] | np.ndarray, classifier: TinyWorldClassifier, settings: ComparisonSettings
+) -> PictureSet:
+    """What comparisons need of pictures, float (N, 3, H, W) in [-1, 1]; prompts: the number of each one's."""
+    metric = FidelityMetric(classifier.features, settings)
+    numbers = torch.as_tensor(np.asarray(prompts))
+    for places in torch.arange(len(images)).split(BATCH):
+        metric.update(images[places], numbers[places], real=False)
+    return metric.pictures(real=False)
+
+
+@torch.no_grad()
+def reconstructed(images: Tensor, codec: LatentCodec) -> Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1] after a codec and back, with the 256 levels that drawn pictures have."""
+    decoded = torch.cat([codec.decode(codec.encode(part)).cpu() for part in images.split(BATCH)])
+    return ((decoded + 1) * 127.5).round() / 127.5 - 1
 
 
 def values_of(estimates: dict[str, Estimate]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """TinyWorld's own GenEval: pictures of held-out combinations, judged by its verifier, scored by GenEval's rules."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,13 @@ class TinyWorldScore(Scheduled):
 def named(size: Size) -> str:
     """96x64 for a picture of 96 by 64 pixels."""
     return f"{size[0]}x{size[1]}"
+
+
+def is_right(record: Mapping[str, Any]) -> bool:
+    """Whether a judged picture shows what its statement says: a word as it was read, all else by GenEval's rules."""
+    if "correct" in record:
+        return bool(record["correct"])
+    return bool(geneval.evaluate(record["metadata"], record["detections"])["correct"])
 
 
 def summarise(records: list[dict[str, Any]], step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
