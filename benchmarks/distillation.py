@@ -7,15 +7,11 @@
 The teacher is a quickstart (`--teacher`, trained if missing). Every arm is one `lightning run` in a folder of its own
 below --folder; arms that are finished are not run again, and a killed one goes on, so the same command continues.
 
-All are judged on the same held-out prompts and noise, PICTURES of each prompt, against real pictures of the same
-prompts (after the codec and back): KID, diversity and the rest on the features of a classifier that no arm has seen;
-accuracy by TinyWorld's verifier and GenEval's rules. 95 % intervals resample prompts, the same prompts in every arm.
-The bars stand in BARS and were fixed before the first arm ran. Prints tables; writes distillation.json.
+All are judged as judging.py says, with a classifier that no arm has seen. The bars stand in BARS and were fixed before
+the first arm ran. Prints tables; writes them to seed-N/GROUPS.json.
 """
 
 import argparse
-import hashlib
-import io
 import json
 import shlex
 import sys
@@ -25,53 +21,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from data_modules.tinyworld.combinations import GENEVAL_TASKS, Metadata
-from data_modules.tinyworld.verifier import judge
-from data_modules.tinyworld.world import draw_statement, heldout_prompts
-from evaluation.fidelity.comparison import (
-    ComparisonSettings,
-    Estimate,
-    PictureSet,
-    compare,
-    prompt_weights,
-    ratio,
-    share,
-)
-from evaluation.fidelity.tinyworld_classifier import ClassifierConfig, TinyWorldClassifier, as_input, obtain
+from evaluation.fidelity.comparison import Estimate, compare, ratio
 from zimage_lit import cli
-from zimage_lit.callbacks.distribution_score import picture_set, reconstructed
-from zimage_lit.callbacks.tinyworld_score import is_right
 from zimage_lit.config import compose
 from zimage_lit.files import write_atomically
 from zimage_lit.pipeline import ZImagePipeline
-from zimage_lit.rewards.tinyworld_likelihood import log_likelihoods
 
 sys.path.insert(0, str(Path(__file__).parent))  # where class paths of the controls are found
+import judging
+from judging import Bar, Judged, Judges, draw_and_judge, measured, plain, table, verdicts
 
-PROMPTS_PER_TASK = 12  # held-out statements of each of GenEval's tasks, fewer where there are no more
-PICTURES = 24  # of each prompt
-NOISE_SEED, REAL_SEED = 40_000, 3  # of the pictures that are judged
-COMPARISON = ComparisonSettings(resamples=1000)
 TEACHER_STEPS = (4, 8, 20, 100)  # with guidance, so twice as many network evaluations
 STUDENT_STEPS = (1, 2, 4, 8)
 CONTROL_MODULE = "distillation_controls"
-# (what, of which arm at how many steps, divided by or less what, bar); fixed before the first arm ran.
-BARS = (
-    ("the task is hard enough: KID, teacher at 4 steps / at 100", "at least", 3.0),
-    ("KID, student at 8 / teacher at 100", "at most", 1.15),
-    ("accuracy, student at 8 less teacher at 100", "at least", -0.02),
-    ("diversity, student at 8", "at least", 0.9),
-    ("KID, student at 4 / teacher at 100", "at most", 1.3),
-    ("KID, student at 4 / teacher at 4", "at most", 0.5),
-    ("accuracy, DMDR less DMD as long", "at least", 0.05),
-    ("KID, DMDR / DMD as long", "at most", 1.1),
-)
 DMDR = "dmdr-0.1 at 4"  # the weight that the bars are for; the others are listed beside it
-JUDGE = ClassifierConfig(seed=7)  # another one than curves are drawn by
-REWARD_CLASSIFIER, REWARD_CONFIG = "reward_classifier", ClassifierConfig(seed=1, width=16)
+BARS = (
+    Bar("the task is hard enough: KID, teacher at 4 steps / at 100", "at least", 3.0,
+        lambda of: ratio(of("teacher at 4", "kid"), of("teacher at 100", "kid"))),
+    Bar("KID, student at 8 / teacher at 100", "at most", 1.15,
+        lambda of: ratio(of("student-8 at 8", "kid"), of("teacher at 100", "kid"))),
+    Bar("accuracy, student at 8 less teacher at 100", "at least", -0.02,
+        lambda of: judging.difference(of("student-8 at 8", "accuracy"), of("teacher at 100", "accuracy"))),
+    Bar("diversity, student at 8", "at least", 0.9, lambda of: of("student-8 at 8", "diversity")),
+    Bar("KID, student at 4 / teacher at 100", "at most", 1.3,
+        lambda of: ratio(of("student-4 at 4", "kid"), of("teacher at 100", "kid"))),
+    Bar("KID, student at 4 / teacher at 4", "at most", 0.5,
+        lambda of: ratio(of("student-4 at 4", "kid"), of("teacher at 4", "kid"))),
+    Bar("accuracy, DMDR less DMD as long", "at least", 0.05,
+        lambda of: judging.difference(of(DMDR, "accuracy"), of("dmd-longer at 4", "accuracy"))),
+    Bar("KID, DMDR / DMD as long", "at most", 1.1,
+        lambda of: ratio(of(DMDR, "kid"), of("dmd-longer at 4", "kid"))),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,8 +109,7 @@ class Bench:
     teacher: Path
     seed: int
     overrides: Sequence[str]
-    classifier: TinyWorldClassifier
-    reward_classifier: TinyWorldClassifier
+    judges: Judges
 
     def output(self, arm: Arm) -> Path:
         return self.folder / f"seed-{self.seed}" / arm.name
@@ -156,10 +137,10 @@ class Bench:
         return words
 
     def rewarded(self, weight: float) -> list[str]:
-        folder = self.folder / REWARD_CLASSIFIER
+        folder, config = self.folder / judging.REWARD_CLASSIFIER, judging.REWARD_CONFIG
         likelihood = {
             "class_path": "zimage_lit.rewards.tinyworld_likelihood.TinyWorldLikelihood",
-            "init_args": {"folder": str(folder), "seed": REWARD_CONFIG.seed, "width": REWARD_CONFIG.width},
+            "init_args": {"folder": str(folder), "seed": config.seed, "width": config.width},
         }
         return [
             f"model.init_args.reward={{form: backprop, weight: {weight}}}",
@@ -172,152 +153,18 @@ class Bench:
         if code := cli.main(["run", *words], program="lightning"):
             sys.exit(code)
 
-    def judged(self, arm: Arm) -> dict[int, "Judged"]:
+    def judged(self, arm: Arm) -> dict[int, Judged]:
         """Its student's pictures at each number of steps."""
+        output = self.output(arm)
         return {
-            steps: draw_and_judge(self.output(arm) / "pipeline", steps, self.output(arm) / f"judged-{steps}.npz", self)
+            steps: draw_and_judge(
+                output / "pipeline", output / f"judged-{steps}.npz", self.judges, num_inference_steps=steps
+            )
             for steps in STUDENT_STEPS
         }
 
 
-# ------------------------------------------------------------------------------------------------------------- judging
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What is known of the pictures of one model at one number of steps."""
-
-    pictures: PictureSet
-    right: np.ndarray  # (N,) bool
-    likelihoods: np.ndarray  # (N,), what rewarded arms were rewarded with
-
-
-def statements() -> list[Metadata]:
-    """Held-out statements of GenEval's tasks, each once."""
-    found = {
-        (metadata["tag"], metadata["prompt"]): metadata
-        for metadata in heldout_prompts(PROMPTS_PER_TASK, seed=1)
-        if metadata["tag"] in GENEVAL_TASKS
-    }
-    return list(found.values())
-
-
-ASKED = [metadata for metadata in statements() for _ in range(PICTURES)]
-NUMBERS = np.repeat(np.arange(len(statements())), PICTURES)
-
-
-def draw_and_judge(pipeline: Path, steps: int, store: Path, bench: Bench) -> Judged:
-    """From `store` where that is newer than the pipeline, and made by the same judges of the same pictures."""
-    asked = fingerprint(pipeline, steps, bench)
-    if not is_kept(store, pipeline, asked):
-        drawn = ZImagePipeline.from_pretrained(pipeline)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            pictures = drawn(
-                [metadata["prompt"] for metadata in ASKED],
-                seed=[NOISE_SEED + place for place in range(len(ASKED))],
-                num_inference_steps=steps,
-                batch_size=64,
-            )
-        seen = picture_set(as_input(pictures), NUMBERS, bench.classifier, COMPARISON)
-        records = (judge(np.asarray(picture), metadata) for picture, metadata in zip(pictures, ASKED, strict=True))
-        right = np.array([is_right(record) for record in records])
-        with torch.no_grad():
-            likelihoods = log_likelihoods(bench.reward_classifier(as_input(pictures)), ASKED)
-        found = {"features": seen.features, "projections": seen.projections, "right": right}
-        buffer = io.BytesIO()
-        np.savez(buffer, **found, likelihoods=likelihoods.numpy(), asked=asked)
-        write_atomically(store, buffer.getvalue())
-    kept = np.load(store)
-    return Judged(PictureSet(kept["features"], kept["projections"], NUMBERS), kept["right"], kept["likelihoods"])
-
-
-def fingerprint(pipeline: Path, steps: int, bench: Bench) -> str:
-    """Of all that decides what is stored of a pipeline's pictures, but its weights."""
-    judges = bench.classifier.fingerprint(), bench.reward_classifier.fingerprint()
-    asked = [str(pipeline.resolve()), steps, ASKED, NOISE_SEED, repr(COMPARISON), judges]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-
-def is_kept(store: Path, pipeline: Path, asked: str) -> bool:
-    if not store.is_file() or store.stat().st_mtime < (pipeline / "model_index.json").stat().st_mtime:
-        return False
-    kept = np.load(store)
-    return "asked" in kept and str(kept["asked"]) == asked
-
-
-def real_pictures(bench: Bench, first: int = 0) -> PictureSet:
-    """As many real pictures of the same prompts, from the world's number `first` on, through the teacher's codec."""
-    codec = ZImagePipeline.from_pretrained(bench.teacher).codec
-    each = range(first, first + PICTURES)
-    images = as_input([draw_statement(metadata, i, REAL_SEED).image for metadata in statements() for i in each])
-    return picture_set(reconstructed(images, codec), NUMBERS, bench.classifier, COMPARISON)
-
-
-def accuracy(judged: Judged) -> Estimate:
-    """GenEval's overall score: the mean over the tasks of the share of right pictures."""
-    tasks = np.array([metadata["tag"] for metadata in statements()])
-    shares = judged.right.reshape(len(tasks), PICTURES).mean(axis=1)
-
-    def overall(weights: np.ndarray) -> float:
-        parts = [(tasks == task, weights[tasks == task]) for task in GENEVAL_TASKS]
-        return float(np.mean([np.average(shares[own], weights=w) for own, w in parts if w.sum()]))
-
-    replicates = [overall(each) for each in prompt_weights(len(tasks), COMPARISON.resamples, COMPARISON.seed)]
-    return Estimate.of(overall(np.ones(len(tasks))), np.array(replicates))
-
-
-def difference(first: Estimate, second: Estimate) -> Estimate:
-    return Estimate.of(first.value - second.value, first.replicates - second.replicates)
-
-
-def measured(judged: Judged, real: PictureSet) -> dict[str, Estimate]:
-    rewarded = share(judged.likelihoods, NUMBERS, COMPARISON)
-    return {"accuracy": accuracy(judged), "reward": rewarded, **compare(judged.pictures, real, COMPARISON)}
-
-
 # -------------------------------------------------------------------------------------------------------------- tables
-
-
-def table(rows: dict[str, dict[str, Estimate]], evaluations: dict[str, int]) -> None:
-    names = ("accuracy", "reward", "kid", "fd", "sliced_wasserstein", "precision", "recall", "diversity")
-    print(f"\n| arm | NFE | {' | '.join(names)} |\n| --- | --- |{' --- |' * len(names)}")
-    for label, found in rows.items():
-        cells = (f"{found[n].value:.3f} [{found[n].low:.3f}, {found[n].high:.3f}]" for n in names)
-        print(f"| {label} | {evaluations[label]} | {' | '.join(cells)} |")
-
-
-def verdicts(rows: dict[str, dict[str, Estimate]]) -> list[dict[str, Any]]:
-    """The bars with what was reached; those whose arms were not run are left out, ratios to what may be 0 not met."""
-
-    def of(label: str, metric: str) -> Estimate:
-        return rows[label][metric]
-
-    reached = (
-        lambda: ratio(of("teacher at 4", "kid"), of("teacher at 100", "kid")),
-        lambda: ratio(of("student-8 at 8", "kid"), of("teacher at 100", "kid")),
-        lambda: difference(of("student-8 at 8", "accuracy"), of("teacher at 100", "accuracy")),
-        lambda: of("student-8 at 8", "diversity"),
-        lambda: ratio(of("student-4 at 4", "kid"), of("teacher at 100", "kid")),
-        lambda: ratio(of("student-4 at 4", "kid"), of("teacher at 4", "kid")),
-        lambda: difference(of(DMDR, "accuracy"), of("dmd-longer at 4", "accuracy")),
-        lambda: ratio(of(DMDR, "kid"), of("dmd-longer at 4", "kid")),
-    )
-    print("\n| bar | reached | met |\n| --- | --- | --- |")
-    found = []
-    for (what, side, bar), value in zip(BARS, reached, strict=True):
-        try:
-            estimate = value()
-        except KeyError:
-            continue
-        except ValueError as error:  # a teacher whose KID cannot be told from 0
-            print(f"| {what}: {side} {bar:g} | {error} | no |")
-            found.append({"bar": what, side: bar, "error": str(error), "met": False})
-            continue
-        met = estimate.value >= bar if side == "at least" else estimate.value <= bar
-        spread = f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-        print(f"| {what}: {side} {bar:g} | {spread} | {'yes' if met else 'no'} |")
-        found.append({"bar": what, side: bar, **numbers(estimate), "met": bool(met)})
-    return found
 
 
 def at_matched_reward(rows: dict[str, dict[str, Estimate]]) -> None:
@@ -342,12 +189,12 @@ def speed(bench: Bench) -> float:
     seconds = {}
     for label, folder, steps in (("student", bench.output(student) / "pipeline", 8), ("teacher", bench.teacher, 100)):
         pipeline = ZImagePipeline.from_pretrained(folder)
-        prompts, seeds = [metadata["prompt"] for metadata in ASKED[::PICTURES]], list(range(len(ASKED[::PICTURES])))
+        prompts = [metadata["prompt"] for metadata in judging.statements()]
         taken = []
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             for _ in range(3):
                 start = time.perf_counter()
-                pipeline(prompts, seed=seeds, num_inference_steps=steps, batch_size=len(prompts))
+                pipeline(prompts, seed=list(range(len(prompts))), num_inference_steps=steps, batch_size=len(prompts))
                 taken.append(time.perf_counter() - start)
         seconds[label] = min(taken)
     print(f"\n{len(prompts)} pictures: student {seconds['student']:.2f} s, teacher {seconds['teacher']:.2f} s, ratio "
@@ -357,29 +204,26 @@ def speed(bench: Bench) -> float:
 
 def report(bench: Bench, groups: Sequence[str]) -> dict[str, Any]:
     """Judge, print and give the tables of a seed."""
-    real = real_pictures(bench)
+    real = judging.real_pictures(bench.teacher, bench.judges)
     rows: dict[str, dict[str, Estimate]] = {}
     evaluations: dict[str, int] = {}
     for steps in TEACHER_STEPS:
         store = bench.folder / f"teacher-{steps}.npz"
-        rows[f"teacher at {steps}"] = measured(draw_and_judge(bench.teacher, steps, store, bench), real)
-        evaluations[f"teacher at {steps}"] = 2 * steps
+        judged = draw_and_judge(bench.teacher, store, bench.judges, num_inference_steps=steps)
+        rows[f"teacher at {steps}"], evaluations[f"teacher at {steps}"] = measured(judged, real), 2 * steps
     for arm in arms_of(groups, bench.seed):
         for steps, judged in bench.judged(arm).items():
             rows[f"{arm.name} at {steps}"] = measured(judged, real)
             evaluations[f"{arm.name} at {steps}"] = steps
     print(f"\nseed {bench.seed}")
-    floor = compare(real_pictures(bench, PICTURES), real, COMPARISON)
+    others = judging.real_pictures(bench.teacher, bench.judges, first=judging.PICTURES)
+    floor = compare(others, real, judging.COMPARISON)
     print(f"\nreal against real: KID {floor['kid'].value:.4f}, diversity {floor['diversity'].value:.3f}")
     table(rows, evaluations)
     at_matched_reward(rows)
-    plain = {label: {name: numbers(found[name]) for name in found} for label, found in rows.items()}
+    told = {label: {name: plain(found[name]) for name in found} for label, found in rows.items()}
     faster = speed(bench) if "main" in groups else None
-    return {"seed": bench.seed, "arms": plain, "bars": verdicts(rows), "speed": faster}
-
-
-def numbers(estimate: Estimate) -> dict[str, float]:
-    return {name: float(getattr(estimate, name)) for name in ("value", "low", "high")}
+    return {"seed": bench.seed, "arms": told, "bars": verdicts(BARS, rows), "speed": faster}
 
 
 def arms_of(groups: Sequence[str], seed: int) -> list[Arm]:
@@ -394,14 +238,13 @@ def main() -> None:
         output = options.teacher.parent
         if code := cli.main(["run", "quickstart", f"run.output_dir={output}"], program="lightning"):
             sys.exit(code)
-    judges = obtain(options.folder / "classifier", JUDGE), obtain(options.folder / REWARD_CLASSIFIER, REWARD_CONFIG)
-    tables = []
+    judges = Judges.obtain(options.folder)
     for seed in options.seeds:
-        bench = Bench(options.folder, options.teacher, seed, options.overrides, *judges)
+        bench = Bench(options.folder, options.teacher, seed, options.overrides, judges)
         for arm in arms_of(options.groups, seed):
             bench.run(arm)
-        tables.append(report(bench, options.groups))
-    (options.folder / "distillation.json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+        tables = json.dumps(report(bench, options.groups), indent=1) + "\n"
+        write_atomically(options.folder / f"seed-{seed}" / f"{'-'.join(options.groups)}.json", tables)
 
 
 def parse_options() -> argparse.Namespace:

@@ -14,7 +14,7 @@ import torch
 from distillation import SMALL_STUDENT, SMALL_TEACHER
 
 from data_modules.tinyworld.captions import prompt
-from data_modules.tinyworld.combinations import statements
+from data_modules.tinyworld.combinations import GENEVAL_TASKS, statements
 from evaluation.fidelity.comparison import ComparisonSettings, Estimate
 from evaluation.fidelity.tinyworld_classifier import ClassifierConfig, TinyWorldClassifier
 from zimage_lit import cli
@@ -30,7 +30,7 @@ def benchmark() -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     sys.modules["distillation_benchmark"] = module  # its dataclasses look there
     specification.loader.exec_module(module)
-    module.COMPARISON = ComparisonSettings(kid_subsets=2, resamples=20)
+    module.judging.COMPARISON = ComparisonSettings(kid_subsets=2, resamples=20)
     return module
 
 
@@ -38,13 +38,11 @@ def benchmark() -> ModuleType:
 def small(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Two pictures of each prompt, a classifier that has learnt nothing, a teacher that has hardly learnt more."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benchmark, "PICTURES", 2)
-    monkeypatch.setattr(benchmark, "ASKED", [asked for asked in benchmark.statements() for _ in range(2)])
-    monkeypatch.setattr(benchmark, "NUMBERS", np.repeat(np.arange(len(benchmark.statements())), 2))
+    monkeypatch.setattr(benchmark.judging, "PICTURES", 2)
     monkeypatch.setattr(benchmark, "TEACHER_STEPS", (4, 100))
     monkeypatch.setattr(benchmark, "STUDENT_STEPS", (4, 8))
     untrained = TinyWorldClassifier(ClassifierConfig()).eval()
-    monkeypatch.setattr(benchmark, "obtain", lambda *_: untrained)
+    monkeypatch.setattr(benchmark.judging, "obtain", lambda *_: untrained)
     assert cli.main(["run", "quickstart", *SMALL_TEACHER]) == 0
     return benchmark
 
@@ -55,7 +53,7 @@ def test_arms_are_run_once_and_judged_on_the_same_pictures(
     monkeypatch.setattr(sys, "argv", ["distillation.py", "main", "--set", *SMALL_STUDENT])
     monkeypatch.setattr(small, "speed", lambda _: 20.0)
     small.main()
-    (seed,) = json.loads((tmp_path / "outputs/distillation/distillation.json").read_text())
+    seed = json.loads((tmp_path / "outputs/distillation/seed-0/main.json").read_text())
     students = {f"student-{grid} at {steps}" for grid in (4, 8) for steps in (4, 8)}
     assert set(seed["arms"]) == {"teacher at 4", "teacher at 100"} | students
     for found in seed["arms"].values():
@@ -71,22 +69,25 @@ def test_arms_are_run_once_and_judged_on_the_same_pictures(
 
 def test_stored_judgements_are_those_of_the_same_question(benchmark: ModuleType, tmp_path: Path) -> None:
     first, second = (TinyWorldClassifier(ClassifierConfig(width=2)).eval() for _ in range(2))
-    benches = [benchmark.Bench(tmp_path, tmp_path, 0, [], judge, first) for judge in (first, second)]
-    asked, by_another = (benchmark.fingerprint(tmp_path, 8, bench) for bench in benches)
+    judging = benchmark.judging
+    eight, four = ({"num_inference_steps": steps} for steps in (8, 4))
+    judges, others = (judging.Judges(judge, first) for judge in (first, second))
+    question = judging.fingerprint(tmp_path, judges, eight)
     (tmp_path / "model_index.json").touch()
     store = tmp_path / "judged.npz"
-    assert not benchmark.is_kept(store, tmp_path, asked)
-    np.savez(store, asked=asked)
-    assert benchmark.is_kept(store, tmp_path, asked)
-    assert not benchmark.is_kept(store, tmp_path, by_another)
-    assert not benchmark.is_kept(store, tmp_path, benchmark.fingerprint(tmp_path, 4, benches[0]))
+    assert not judging.is_kept(store, tmp_path, question)
+    np.savez(store, question=question)
+    assert judging.is_kept(store, tmp_path, question)
+    assert not judging.is_kept(store, tmp_path, judging.fingerprint(tmp_path, others, eight))
+    assert not judging.is_kept(store, tmp_path, judging.fingerprint(tmp_path, judges, four))
     np.savez(store, right=[True])  # of an older version
-    assert not benchmark.is_kept(store, tmp_path, asked)
+    assert not judging.is_kept(store, tmp_path, question)
 
 
 def test_a_ratio_to_what_may_be_zero_is_a_bar_that_is_not_met(benchmark: ModuleType) -> None:
     teacher = {4: Estimate.of(0.5, np.linspace(0.4, 0.6, 21)), 100: Estimate.of(0.001, np.linspace(-0.01, 0.01, 21))}
-    (found,) = benchmark.verdicts({f"teacher at {steps}": {"kid": kid} for steps, kid in teacher.items()})
+    rows = {f"teacher at {steps}": {"kid": kid} for steps, kid in teacher.items()}
+    (found,) = benchmark.verdicts(benchmark.BARS, rows)
     assert found["met"] is False and "nothing can be divided by 0.001" in found["error"]
 
 
@@ -129,7 +130,7 @@ def after_one_iteration(
     number = len(list((folder / f"arms/seed-{SEED}").glob("*"))) if settings else control
     arm = small.Arm(str(number), "main", 4, tuple(settings), control)
     settings = [*SMALL_STUDENT, "trainer.max_steps=1"]
-    bench = small.Bench(folder / "arms", folder / "outputs/quickstart/pipeline", SEED, settings, None, None)
+    bench = small.Bench(folder / "arms", folder / "outputs/quickstart/pipeline", SEED, settings, None)
     bench.run(arm)
     state = torch.load(bench.output(arm) / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     teacher = S3DiT.from_pretrained(bench.teacher / "transformer").state_dict()
@@ -140,16 +141,16 @@ def after_one_iteration(
 
 
 def test_the_prompts_are_held_out_and_cover_all_tasks(benchmark: ModuleType) -> None:
-    asked = benchmark.statements()
-    assert {metadata["tag"] for metadata in asked} == set(benchmark.GENEVAL_TASKS)
+    asked = benchmark.judging.statements()
+    assert {metadata["tag"] for metadata in asked} == set(GENEVAL_TASKS)
     assert len({metadata["prompt"] for metadata in asked}) == len(asked)
-    trained = {prompt(statement) for task in benchmark.GENEVAL_TASKS for statement in statements(task, "train")}
+    trained = {prompt(statement) for task in GENEVAL_TASKS for statement in statements(task, "train")}
     known = [metadata for metadata in asked if metadata["prompt"] in trained]
     assert {metadata["tag"] for metadata in known} == {"single_object"}  # a shape alone is no combination
 
 
 def test_experiments_of_all_arms_compose(benchmark: ModuleType) -> None:
-    bench = benchmark.Bench(Path("out"), Path("teacher"), 3, [], None, None)
+    bench = benchmark.Bench(Path("out"), Path("teacher"), 3, [], None)
     for arm in benchmark.ARMS:
         config = compose(bench.words(arm)[0], bench.words(arm)[1:])
         assert config["model"]["init_args"]["rollout"]["num_inference_steps"] == arm.steps
