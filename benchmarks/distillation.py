@@ -13,7 +13,6 @@ the first arm ran. Prints tables; writes them to seed-N/GROUPS.json.
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -24,14 +23,13 @@ from typing import Any
 import torch
 
 from evaluation.fidelity.comparison import Estimate, compare, ratio
-from zimage_lit import cli
 from zimage_lit.config import compose
 from zimage_lit.files import write_atomically
 from zimage_lit.pipeline import ZImagePipeline
 
 sys.path.insert(0, str(Path(__file__).parent))  # where class paths of the controls are found
 import judging
-from judging import Bar, Judged, Judges, draw_and_judge, measured, plain, table, verdicts
+from judging import Bar, Judged, Judges, draw_and_judge, lightning_run, measured, plain, table, verdicts
 
 TEACHER_STEPS = (4, 8, 20, 100)  # with guidance, so twice as many network evaluations
 STUDENT_STEPS = (1, 2, 4, 8)
@@ -147,12 +145,6 @@ class Bench:
             f"trainer.callbacks+={json.dumps(likelihood)}",
         ]
 
-    def run(self, arm: Arm) -> None:
-        words = self.words(arm)
-        print(f"\n$ lightning run {shlex.join(words)}", flush=True)
-        if code := cli.main(["run", *words], program="lightning"):
-            sys.exit(code)
-
     def judged(self, arm: Arm) -> dict[int, Judged]:
         """Its student's pictures at each number of steps."""
         output = self.output(arm)
@@ -235,14 +227,12 @@ def main() -> None:
     options = parse_options()
     options.folder.mkdir(parents=True, exist_ok=True)
     if not (options.teacher / "model_index.json").is_file():
-        output = options.teacher.parent
-        if code := cli.main(["run", "quickstart", f"run.output_dir={output}"], program="lightning"):
-            sys.exit(code)
+        lightning_run(["quickstart", f"run.output_dir={options.teacher.parent}"])
     judges = Judges.obtain(options.folder)
     for seed in options.seeds:
         bench = Bench(options.folder, options.teacher, seed, options.overrides, judges)
         for arm in arms_of(options.groups, seed):
-            bench.run(arm)
+            lightning_run(bench.words(arm))
         tables = json.dumps(report(bench, options.groups), indent=1) + "\n"
         write_atomically(options.folder / f"seed-{seed}" / f"{'-'.join(options.groups)}.json", tables)
 

@@ -8,6 +8,8 @@ noise, PICTURES of each, and what was judged is kept beside the model. 95 % inte
 import hashlib
 import io
 import json
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +25,7 @@ from data_modules.tinyworld.world import draw_statement, heldout_prompts
 from evaluation.fidelity import tinyworld_classifier
 from evaluation.fidelity.comparison import ComparisonSettings, Estimate, PictureSet, compare, prompt_weights, share
 from evaluation.fidelity.tinyworld_classifier import ClassifierConfig, TinyWorldClassifier, as_input, obtain
+from zimage_lit import cli
 from zimage_lit.callbacks.distribution_score import BATCH, picture_set, reconstructed
 from zimage_lit.callbacks.tinyworld_score import is_right
 from zimage_lit.files import write_atomically
@@ -35,7 +38,25 @@ NOISE_SEED, REAL_SEED = 40_000, 3  # of the pictures that are judged
 COMPARISON = ComparisonSettings(resamples=1000)
 JUDGE = ClassifierConfig(seed=7)  # another one than curves are drawn by
 REWARD_CLASSIFIER, REWARD_CONFIG = "reward_classifier", ClassifierConfig(seed=1, width=16)
-METRICS = ("accuracy", "gold", "reward", "kid", "fd", "sliced_wasserstein", "precision", "recall", "diversity")
+METRICS = (
+    "accuracy",
+    "gold",
+    "gold_counting",
+    "reward",
+    "kid",
+    "fd",
+    "sliced_wasserstein",
+    "precision",
+    "recall",
+    "diversity",
+)
+
+
+def lightning_run(words: Sequence[str]) -> None:
+    """`lightning run WORDS` in this process, said before; ends the benchmark where it fails."""
+    print(f"\n$ lightning run {shlex.join(words)}", flush=True)
+    if code := cli.main(["run", *words], program="lightning"):
+        sys.exit(code)
 
 
 @dataclass(frozen=True)
@@ -141,13 +162,13 @@ def real_pictures(pipeline: Path, judges: Judges, first: int = 0) -> PictureSet:
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def overall(right: np.ndarray) -> Estimate:
-    """GenEval's overall score: the mean over the tasks of the share of right pictures."""
+def overall(right: np.ndarray, wanted: Sequence[str] = GENEVAL_TASKS) -> Estimate:
+    """GenEval's overall score: the mean over the tasks of the share of right pictures; of `wanted` alone."""
     tasks = np.array([metadata["tag"] for metadata in statements()])
     shares = right.reshape(len(tasks), PICTURES).mean(axis=1)
 
     def mean(weights: np.ndarray) -> float:
-        parts = [(tasks == task, weights[tasks == task]) for task in GENEVAL_TASKS]
+        parts = [(tasks == task, weights[tasks == task]) for task in wanted]
         return float(np.mean([np.average(shares[own], weights=w) for own, w in parts if w.sum()]))
 
     replicates = [mean(each) for each in prompt_weights(len(tasks), COMPARISON.resamples, COMPARISON.seed)]
@@ -161,6 +182,7 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
 def measured(judged: Judged, real: PictureSet) -> dict[str, Estimate]:
     """METRICS with their intervals."""
     found = {"accuracy": overall(judged.right), "gold": overall(judged.gold)}
+    found["gold_counting"] = overall(judged.gold, ["counting"])
     found["reward"] = share(judged.likelihoods, numbers(), COMPARISON)
     return {**found, **compare(judged.pictures, real, COMPARISON)}
 

@@ -131,7 +131,7 @@ def after_one_iteration(
     arm = small.Arm(str(number), "main", 4, tuple(settings), control)
     settings = [*SMALL_STUDENT, "trainer.max_steps=1"]
     bench = small.Bench(folder / "arms", folder / "outputs/quickstart/pipeline", SEED, settings, None)
-    bench.run(arm)
+    small.judging.lightning_run(bench.words(arm))
     state = torch.load(bench.output(arm) / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     teacher = S3DiT.from_pretrained(bench.teacher / "transformer").state_dict()
     roles = {role: [state[f"{role}.{name}"].flatten() for name in teacher] for role in ("backbone", "fake_score")}

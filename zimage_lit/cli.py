@@ -63,6 +63,7 @@ IDLE_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     "Checkpoint directory .* exists and is not empty",
     "Total length of `list` across ranks is zero",  # data without a validation split
+    "You passed in a `val_dataloader` but have no `validation_step`",  # of a stage without
 )
 
 EXPERIMENT_SECTIONS = ("run", "seed_everything", "trainer", "model", "data")

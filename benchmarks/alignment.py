@@ -1,0 +1,250 @@
+"""Whether rewards and preferences make a model better: GRPO, DiffusionNFT and DPO on TinyWorld, against controls.
+
+    python benchmarks/alignment.py online --seeds 0 1 2    # GRPO and DiffusionNFT from the same start
+    python benchmarks/alignment.py offline --seeds 0 1 2   # pairs, and DPO on them
+    python benchmarks/alignment.py online offline order controls
+
+The base is a quickstart (`--base`, trained if missing), served in SERVED steps without guidance: so it has much to
+learn. Every arm is one `lightning run` in a folder of its own below --folder; arms that are finished are not run again,
+and a killed one goes on. `order` asks whether DPO and then GRPO beats either alone for as long; controls have one seed.
+
+The reward is TinyWorld's verifier with GenEval's rules; `gold`, a classifier, has no part in it. All are judged as
+judging.py says. The bars stand in BARS and were fixed before the first arm ran. Prints tables; writes them to
+seed-N/GROUPS.json.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.fidelity.comparison import Estimate, ratio
+from zimage_lit.config import compose
+from zimage_lit.files import read_json, write_atomically
+from zimage_lit.tracking import RUN_FILE
+
+sys.path.insert(0, str(Path(__file__).parent))  # where class paths of the controls are found
+import judging
+from judging import Bar, Judges, difference, draw_and_judge, lightning_run, measured, plain, table, verdicts
+
+SERVED = {"num_inference_steps": 10, "guidance_scale": 1.0}  # how all models draw what is judged
+CONTROL_MODULE = "alignment_controls"
+GRPO, DPO = "tiny/grpo", "tiny/dpo"
+NFT, NO_PENALTY = "model.init_args.method=nft", "model.init_args.kl.weight=0"
+SHUFFLED = f"trainer.callbacks.right.class_path={CONTROL_MODULE}.ShuffledReward"
+PAIR_TASKS = "[counting, two_object, color_attr, position]"  # whose training statements make pairs
+PAIR_SETTINGS = ("num_prompts=400", "samples_per_prompt=12", "pairs_per_prompt=6", "margin=[0.5, 1.0]")
+PREFERENCE_METRICS = ("implicit_accuracy", "winner_error")
+LONGER = 3  # times the steps of the arm with a penalty
+MATCHED = 0.05  # points by which the reward may leave the gold judge
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run. settings: those that differ from the experiment. times: its steps, of the experiment's. begins_from: the
+    arm whose model goes on. control: class in alignment_controls.py in place of the stage."""
+
+    name: str
+    group: str
+    experiment: str
+    settings: tuple[str, ...] = ()
+    times: float = 1.0
+    begins_from: str | None = None
+    control: str | None = None
+
+
+ARMS = (
+    Arm("grpo", "online", GRPO),
+    Arm("nft", "online", GRPO, (NFT,)),
+    Arm("dpo", "offline", DPO),
+    Arm("dpo-then-grpo", "order", GRPO, times=0.5, begins_from="dpo"),
+    Arm("shuffled-reward", "controls", GRPO, (SHUFFLED,)),
+    Arm("no-penalty", "controls", GRPO, (NO_PENALTY,), LONGER),
+    Arm("random-labels", "controls", DPO, control="RandomLabels"),
+    Arm("easy-first", "controls", DPO, ("model.init_args.curriculum.steps=400",)),
+)
+
+
+def risen(of: Callable[[str, str], Estimate], arm: str, metric: str) -> Estimate:
+    return difference(of(arm, metric), of("base", metric))
+
+
+def apart(of: Callable[[str, str], Estimate], arm: str) -> Estimate:
+    """How much more the reward has risen than the gold judge."""
+    return difference(risen(of, arm, "accuracy"), risen(of, arm, "gold"))
+
+
+ONLINE = [
+    bar
+    for arm in ("grpo", "nft")
+    for bar in (
+        Bar(f"accuracy, {arm} less base", "at least", 0.2, lambda of, arm=arm: risen(of, arm, "accuracy")),
+        Bar(f"its rise less the gold judge's, {arm}", "at most", MATCHED, lambda of, arm=arm: apart(of, arm)),
+        Bar(f"diversity, {arm} / base", "at least", 0.8,
+            lambda of, arm=arm: ratio(of(arm, "diversity"), of("base", "diversity"))),
+        Bar(f"KID, {arm} / base", "at most", 1.5, lambda of, arm=arm: ratio(of(arm, "kid"), of("base", "kid"))),
+    )
+]  # fmt: skip
+BARS = (
+    *ONLINE,
+    Bar("accuracy, shuffled reward less base", "at most", 0.02, lambda of: risen(of, "shuffled-reward", "accuracy")),
+    Bar("accuracy, shuffled reward less base", "at least", -0.02, lambda of: risen(of, "shuffled-reward", "accuracy")),
+    Bar("counting to the gold judge, DPO less base", "at least", 0.1, lambda of: risen(of, "dpo", "gold_counting")),
+    Bar("KID, DPO / base", "at most", 1.2, lambda of: ratio(of("dpo", "kid"), of("base", "kid"))),
+    Bar("accuracy, random labels less base", "at most", 0.02, lambda of: risen(of, "random-labels", "accuracy")),
+    Bar("accuracy, random labels less base", "at least", -0.02, lambda of: risen(of, "random-labels", "accuracy")),
+    Bar("accuracy, DPO then GRPO less GRPO", "at least", 0.0,
+        lambda of: difference(of("dpo-then-grpo", "accuracy"), of("grpo", "accuracy"))),
+)  # fmt: skip
+
+
+@dataclass
+class Bench:
+    """The arms of one seed below a folder; `overrides` go to every run."""
+
+    folder: Path
+    base: Path
+    seed: int
+    overrides: Sequence[str]
+    judges: Judges
+
+    def output(self, name: str) -> Path:
+        return self.folder / f"seed-{self.seed}" / name
+
+    def words(self, arm: Arm) -> list[str]:
+        """The experiment and the settings of an arm."""
+        begins = self.output(arm.begins_from) / "pipeline" if arm.begins_from else self.base
+        steps = compose(arm.experiment, list(self.overrides))["trainer"]["max_steps"]
+        sampling = "trainer.callbacks.samples.init_args.sampling"
+        words = [
+            arm.experiment,
+            f"run.name=alignment/seed-{self.seed}/{arm.name}",
+            f"run.output_dir={self.output(arm.name)}",
+            f"seed_everything={self.seed}",
+            f"model.init_args.init_from={begins}",
+            f"trainer.max_steps={round(arm.times * steps)}",
+            *(f"{sampling}.{name}={value}" for name, value in SERVED.items() if arm.experiment == DPO),
+            *([f"data.init_args.data_dir={self.output('pairs')}"] if arm.experiment == DPO else []),
+            *arm.settings,
+            *(f"trainer.callbacks.{name}=null" for name in ("score", "fidelity", "report")),
+            *(word for word in self.overrides if not word.startswith("trainer.max_steps=")),
+        ]
+        if arm.control:  # another class takes none of the settings by itself
+            init_args = compose(words[0], words[1:])["model"]["init_args"]
+            words.append(
+                f"model={json.dumps({'class_path': f'{CONTROL_MODULE}.{arm.control}', 'init_args': init_args})}"
+            )
+        return words
+
+    def make_pairs(self) -> None:
+        """Of the base's own pictures, drawn as it is served."""
+        reward = "zimage_lit.rewards.tinyworld.TinyWorldReward"
+        lightning_run([
+            "pairs", f"model={self.base}", "prompts=tinyworld", f"tasks={PAIR_TASKS}", f"seed={self.seed}",
+            f"output={self.output('pairs')}", "objective=tinyworld_all", f"rewards.right.class_path={reward}",
+            "rewards.right.init_args.aspect=all", *PAIR_SETTINGS,
+            *(f"{name}={value}" for name, value in SERVED.items()),
+        ])  # fmt: skip
+
+    def judged(self, pipeline: Path, store: Path) -> judging.Judged:
+        return draw_and_judge(pipeline, store, self.judges, **SERVED)
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def curve(output: Path, metric: str) -> list[tuple[int, float, float]]:
+    """(step, seconds since the first, value) of a metric that a run has logged."""
+    from mlflow import MlflowClient
+
+    run = read_json(output / RUN_FILE)
+    history = MlflowClient(run["tracking_uri"]).get_metric_history(run["run_id"], metric)
+    points = sorted((point.step, point.timestamp, point.value) for point in history)
+    return [(step, (stamp - points[0][1]) / 1000, value) for step, stamp, value in points]
+
+
+def compare_methods(bench: Bench) -> None:
+    """The reward of GRPO and of DiffusionNFT after as many pictures, and after as long."""
+    grpo, nft = (curve(bench.output(name), "reward/tinyworld_all") for name in ("grpo", "nft"))
+    print("\n| iterations | GRPO | NFT | seconds | GRPO | NFT |\n| --- | --- | --- | --- | --- | --- |")
+    last_step, last_second = min(grpo[-1][0], nft[-1][0]), min(grpo[-1][1], nft[-1][1])
+    for share in (0.25, 0.5, 0.75, 1.0):
+        by_step, by_time = ([mean_until(points, place, share * last) for points in (grpo, nft)]
+                            for place, last in ((0, last_step), (1, last_second)))  # fmt: skip
+        print(f"| {share * last_step:.0f} | {by_step[0]:.3f} | {by_step[1]:.3f} "
+              f"| {share * last_second:.0f} | {by_time[0]:.3f} | {by_time[1]:.3f} |")  # fmt: skip
+
+
+def mean_until(points: list[tuple[int, float, float]], place: int, end: float, count: int = 5) -> float:
+    """Mean of the last few values until a step (place 0) or a second (place 1)."""
+    values = [point[2] for point in points if point[place] <= end][-count:]
+    return sum(values) / len(values)
+
+
+def preferences(bench: Bench, arms: Sequence[Arm]) -> dict[str, dict[str, float]]:
+    """What the held-out pairs say at the end of each run of DPO."""
+    found = {
+        arm.name: {name: curve(bench.output(arm.name), f"val/{name}")[-1][2] for name in PREFERENCE_METRICS}
+        for arm in arms
+        if arm.experiment == DPO
+    }
+    if found:
+        print(f"\n| held-out pairs | {' | '.join(PREFERENCE_METRICS)} |\n| --- |{' --- |' * len(PREFERENCE_METRICS)}")
+        for name, values in found.items():
+            print(f"| {name} | {' | '.join(f'{value:.4f}' for value in values.values())} |")
+    return found
+
+
+def report(bench: Bench, groups: Sequence[str]) -> dict[str, Any]:
+    """Judge, print and give the tables of a seed."""
+    real = judging.real_pictures(bench.base, bench.judges)
+    rows = {"base": measured(bench.judged(bench.base, bench.folder / "base.npz"), real)}
+    arms = arms_of(groups, bench.seed)
+    for arm in arms:
+        output = bench.output(arm.name)
+        rows[arm.name] = measured(bench.judged(output / "pipeline", output / "judged.npz"), real)
+    print(f"\nseed {bench.seed}")
+    table(rows, dict.fromkeys(rows, SERVED["num_inference_steps"]))
+    if "online" in groups:
+        compare_methods(bench)
+    told = {label: {name: plain(found[name]) for name in found} for label, found in rows.items()}
+    return {"seed": bench.seed, "arms": told, "pairs": preferences(bench, arms), "bars": verdicts(BARS, rows)}
+
+
+def arms_of(groups: Sequence[str], seed: int) -> list[Arm]:
+    """Controls have one seed."""
+    return [arm for arm in ARMS if arm.group in groups and (arm.group != "controls" or seed == 0)]
+
+
+def main() -> None:
+    options = parse_options()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if not (options.base / "model_index.json").is_file():
+        lightning_run(["quickstart", f"run.output_dir={options.base.parent}"])
+    judges = Judges.obtain(options.folder)
+    for seed in options.seeds:
+        bench = Bench(options.folder, options.base, seed, options.overrides, judges)
+        arms = arms_of(options.groups, seed)
+        if any(arm.experiment == DPO for arm in arms):
+            bench.make_pairs()
+        for arm in arms:
+            lightning_run(bench.words(arm))
+        tables = json.dumps(report(bench, options.groups), indent=1) + "\n"
+        write_atomically(options.folder / f"seed-{seed}" / f"{'-'.join(options.groups)}.json", tables)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="+", choices=sorted({arm.group for arm in ARMS}))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--folder", type=Path, default=Path("outputs/alignment"))
+    parser.add_argument("--base", type=Path, default=Path("outputs/quickstart/pipeline"))
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="key=value for every run")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
