@@ -103,7 +103,7 @@ def told(score: float | None) -> str:
 
 STYLE = """
 body { font: 16px/1.4 system-ui, sans-serif; margin: 0; background: #f4f4f4; color: #111; }
-header { position: sticky; top: 0; background: #fff; padding: .5rem 1rem; border-bottom: 1px solid #bbb; }
+header { position: sticky; top: 0; z-index: 1; background: #fff; padding: .5rem 1rem; border-bottom: 1px solid #bbb; }
 header h1 { font-size: 1.1rem; margin: 0; }
 header p { margin: .25rem 0; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); gap: 1rem; padding: 1rem; }
