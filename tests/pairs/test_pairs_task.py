@@ -318,5 +318,9 @@ def test_tinyworlds_judges_need_tinyworlds_prompts(asked: dict[str, Any], tmp_pa
     with pytest.raises(UserError, match="needs TinyWorld's metadata"):
         pairs_task({**own, "output": str(tmp_path / "pairs")})
     own |= {"prompts": "tinyworld", "tasks": ["counting"], "output": str(tmp_path / "pairs")}
-    with pytest.raises(UserError, match="objective=tinyworld_word has nothing to say about any of the 21 prompts"):
+    with pytest.raises(UserError, match="tinyworld_word has nothing to say about any of the 21 prompts"):
+        pairs_task(own)
+    count = {**judge, "init_args": {"aspect": "count"}}
+    own |= {"rewards": {"word": judge, "count": count}, "objective": "tinyworld_count", "agree": {"tinyworld_word": 1}}
+    with pytest.raises(UserError, match="tinyworld_word has nothing to say about any of the 21 prompts"):
         pairs_task(own)

@@ -146,13 +146,7 @@ def make_pairs(asked: PairsSettings) -> None:
     pipeline = load_pipeline(asked.model, asked.device)
     call = sampling_arguments(asked, pipeline)
     prompts, repeated = read_prompts(asked.prompts, asked.tasks, asked.num_prompts, asked.seed, call["width"])
-    objective = next(reward for reward in rewards if reward.name == asked.objective)
-    useful = [prompt for prompt in prompts if objective.applies_to(prompt.text, prompt.metadata)]
-    if not useful:
-        raise UserError(
-            f"objective={asked.objective} has nothing to say about any of the {len(prompts)} prompts: name another "
-            "reward, or other prompts."
-        )
+    useful = judged_prompts(prompts, rewards, rules)
     for reward in rewards:
         reward.prepare(pipeline.device)
     output = Path(asked.output)
@@ -229,6 +223,22 @@ def check_rewards(rewards: Sequence[RewardCallback], rules: PairRules) -> None:
             raise UserError(
                 f"less of the reward {name} is better (its weight is below 0), and {role} wants more of it."
             )
+
+
+def judged_prompts(prompts: Sequence[Prompt], rewards: Sequence[RewardCallback], rules: PairRules) -> list[Prompt]:
+    """The prompts to which the objective applies; UserError where it, or another that decides, applies to none."""
+    known = {reward.name: reward for reward in rewards}
+    useful = list(prompts)
+    for name in rules.needed:
+        applies = [prompt for prompt in useful if known[name].applies_to(prompt.text, prompt.metadata)]
+        if not applies:
+            raise UserError(
+                f"the reward {name} has nothing to say about any of the {len(useful)} prompts and cannot decide about "
+                "pairs: name another one, or other prompts."
+            )
+        if name == rules.objective:
+            useful = applies
+    return useful
 
 
 def stored_settings(
