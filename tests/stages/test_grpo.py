@@ -248,7 +248,7 @@ def test_the_update_is_the_policy_gradient_in_one_batch(ready):
     for pack in drawn[0]:
         for number, place in enumerate(pack.window):
             x, sigma, after = pack.rollout.states[number], *module.rollout.grid[place : place + 2].tolist()
-            v = module.backbone(x, torch.full((len(x),), 1 - sigma), pack.features)
+            v = module.backbone(x, torch.full((len(x),), 1 - sigma), pack.captions)
             made = module.transition(x, v, sigma, after)
             density = log_prob(pack.rollout.states[number + 1], made.mean, made.std)
             losses.append(-judgement.advantages[pack.places] * density)
@@ -270,9 +270,9 @@ def test_a_penalty_pulls_the_policy_back_to_where_it_began(ready, start, space):
         for number, place in enumerate(pack.window):
             x, sigma, after = pack.rollout.states[number], *module.rollout.grid[place : place + 2].tolist()
             t = torch.full((len(x),), 1 - sigma)
-            v = module.backbone(x, t, pack.features)
+            v = module.backbone(x, t, pack.captions)
             with torch.no_grad():
-                reference = begun(x, t, pack.features)
+                reference = begun(x, t, pack.captions)
             a, b = (torch.stack([y.flatten()[:64] for y in of]) for of in (v, reference))
             if space == "latent":
                 made, kept = (module.transition(x, of, sigma, after) for of in (v, reference))

@@ -19,8 +19,8 @@ class RewardGuard(Callback):
     """Ends a run in which a reward that is followed has risen while a held-out one has fallen, since that was best.
 
     Both are means over the last `window` iterations. The run ends as if `trainer.max_steps` had been reached, with a
-    sentence that names the checkpoint of the best moment, if one was kept (`checkpoint.keep_every_n_steps`). A reward of
-    negative weight is better where it is lower, a held-out one as well.
+    sentence that names the last checkpoint until the best moment, if any was kept (`checkpoint.keep_every_n_steps`). A
+    reward of negative weight is better where it is lower, a held-out one as well.
 
     followed, held_out: names of rewards (`reward/<name>` in the curves).   window: iterations.   fall: of the held-out
         one, at which the run ends, in its own units.   rise: of the other at the same time.
