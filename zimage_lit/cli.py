@@ -35,7 +35,7 @@ from zimage_lit.config import (
     settings_from,
     to_yaml,
 )
-from zimage_lit.errors import SharedError, UserError
+from zimage_lit.errors import SharedError, UserError, root_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ TASKS = {
     "verify": Task("a prepared data set against its hashes", "data_modules.verification:verify_task", "VerifySettings"),
     "export": Task("a run's weights as files for other programs", "zimage_lit.export:export_task", "ExportSettings"),
     "merge": Task("variants of a model into one", "zimage_lit.merge:merge_task", "MergeSettings"),
+    "pairs": Task("preference pairs from a model and judges", "zimage_lit.pairs.task:pairs_task", "PairsSettings"),
     "generate": Task("pictures from prompts", "zimage_lit.pipeline:generate_task", "GenerateSettings"),
     "plan": Task("memory, time and cost of an experiment", "zimage_lit.plan:plan_task", "PlanSettings", True),
 }
@@ -241,13 +242,10 @@ def build(config: dict[str, Any]) -> Any:
             parser_kwargs={"exit_on_error": False},
         )
     except (ArgumentError, ValueError, FileNotFoundError, MisconfigurationException) as error:
-        causes: list[BaseException] = [error]  # a part's own sentence lies below the parser's long one
-        while causes[-1].__cause__ or causes[-1].__context__:
-            causes.append(causes[-1].__cause__ or causes[-1].__context__)  # type: ignore[arg-type]
-        for cause in causes:
-            if isinstance(cause, UserError):
-                raise cause from error
-        raise UserError(f"the settings cannot be used: {one_line(causes[-1])}") from error
+        root = root_of(error)
+        if isinstance(root, UserError):
+            raise root from error
+        raise UserError(f"the settings cannot be used: {one_line(root)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------- tasks

@@ -14,3 +14,14 @@ def at_least_one(name: str, value: int) -> int:
     if value < 1:
         raise UserError(f"{name} must be at least 1, not {value}.")
     return value
+
+
+def root_of(error: BaseException) -> BaseException:
+    """Why an exception was raised in the end: a part's own sentence, where it has one, lies below a parser's long one.
+
+    That is the first UserError among the exception and its causes, else the last of them.
+    """
+    causes = [error]
+    while not isinstance(causes[-1], UserError) and (causes[-1].__cause__ or causes[-1].__context__):
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)  # type: ignore[arg-type]
+    return causes[-1]

@@ -501,7 +501,7 @@ def generate_task(settings: dict[str, Any]) -> None:
     output = Path(asked.output)
     earlier = _earlier_pictures(output, asked.overwrite)
     pipeline = load_pipeline(asked.checkpoint, asked.device)
-    call = _sampling_arguments(asked, pipeline)
+    call = sampling_arguments(asked, pipeline)
     for text in (*prompts, asked.negative_prompt):  # one that is too long shows now, not after an hour of sampling
         pipeline.text_encoder.encode([text])
 
@@ -606,8 +606,11 @@ def _seeds(asked: GenerateSettings) -> range:
     return range(asked.seed, last + 1)
 
 
-def _sampling_arguments(asked: GenerateSettings, pipeline: ZImagePipeline) -> dict[str, Any]:
-    """Every argument of a pipeline call but prompt and seed, the model's defaults filled in; UserError where wrong."""
+def sampling_arguments(asked: Any, pipeline: ZImagePipeline) -> dict[str, Any]:
+    """Every argument of a pipeline call but prompt and seed, the model's defaults filled in; UserError where wrong.
+
+    asked: settings of a task with the fields of sampling that GenerateSettings has.
+    """
     of_the_model = ("height", "width", "num_inference_steps", "guidance_scale", "cfg_start", "solver", "eta")
     chosen = pipeline.defaults.filled({name: getattr(asked, name) for name in of_the_model})
     chosen |= {name: getattr(asked, name) for name in ("cfg_truncation", "cfg_normalization", "batch_size")}

@@ -85,6 +85,12 @@ def read_training(config: Mapping[str, Any], devices: int | None = None, caption
             "they take 38 bytes a parameter in layout=copies, 22 in fake_lora and 2 in adapters (with "
             "frozen_dtype=bfloat16), over all GPUs and before activations."
         )
+    if class_name(config["model"]) == "GRPOModule":
+        raise UserError(
+            "plan knows stages that learn from the data's own pictures, and a GRPOModule draws them: training holds as "
+            "much as a fine-tune of the same lora on rollout.batch_size pictures (twice as many with guidance), and "
+            "without lora a copy of the network for each of method=nft and kl."
+        )
     if model["backbone"] == NOT_GIVEN:
         raise UserError(
             "the backbone's sizes are those of a folder that is not given: name it, or plan with "

@@ -4,8 +4,16 @@ import statistics
 import pytest
 import torch
 
-from zimage_lit.objectives.policy import clipped_policy_loss, group_advantages, uninformative
-from zimage_lit.objectives.transitions import draw, flow_sde, log_prob
+from zimage_lit.objectives.policy import (
+    clipped_policy_loss,
+    divergence,
+    group_advantages,
+    group_spread,
+    log_ratio,
+    masked_policy_loss,
+    uninformative,
+)
+from zimage_lit.objectives.transitions import cps, dance_sde, draw, flow_sde, log_prob
 
 NAN = math.nan
 REWARDS = torch.tensor([0.1, 0.9, 0.4, 2.0, NAN, 3.5, 0.2, 0.2, 5.0, NAN, 7.0, 6.0])
@@ -186,3 +194,129 @@ def test_a_clip_range_means_what_the_reduction_says():
 def test_wrong_calls_are_refused(advantages, clip, message):
     with pytest.raises(ValueError, match=message):
         clipped_policy_loss(torch.zeros(3), torch.zeros(3), advantages, clip)
+
+
+# --------------------------------------------------------------------------------------------- ratios and divergences
+
+
+def step_of(size: int, drift: float, samples: int = 32, dtype: torch.dtype = torch.float64):
+    """(x_next, mean, old_mean, std) of steps drawn by the old policy, on a grid of size by size."""
+    generator = torch.Generator().manual_seed(0)
+    old, noise, change = (torch.randn(samples, 1, size, size, generator=generator, dtype=dtype) for _ in range(3))
+    std = torch.linspace(0.2, 0.9, samples, dtype=dtype)
+    return old + std.view(-1, 1, 1, 1) * noise, old + drift * change, old, std
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_plain_ratio_is_that_of_the_densities(reduction):
+    x, mean, old, std = step_of(8, 0.1)
+    expected = log_prob(x, mean, std, reduction) - log_prob(x, old, std, reduction)
+    torch.testing.assert_close(log_ratio(x, mean, old, std, reduction), expected)
+    torch.testing.assert_close(log_ratio(list(x), list(mean), list(old), std, reduction), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_guarded_ratio_is_the_papers_formula(reduction):
+    x, mean, old, std = step_of(8, 0.1)
+    total = 1 if reduction == "mean" else 64
+    bias = total * (mean - old).square().flatten(1).mean(1) / (2 * std**2)
+    expected = std * (log_prob(x, mean, std, reduction) - log_prob(x, old, std, reduction) + bias)
+    torch.testing.assert_close(log_ratio(x, mean, old, std, reduction, "guard"), expected)
+
+
+def test_under_drift_the_guarded_ratio_is_zero_on_average_and_the_plain_one_is_not():
+    x, mean, old, std = step_of(64, 0.02, samples=256)
+    bias = -divergence(mean, old, std)  # -mean(drift^2) / (2 std^2)
+    plain, guarded = log_ratio(x, mean, old, std), log_ratio(x, mean, old, std, ratio="guard")
+    spread = 0.02 / 64 / 16  # of a mean over 4096 elements and 256 samples
+    assert abs(float(guarded.mean())) < 4 * spread
+    assert abs(float((std * (plain - bias)).mean())) < 4 * spread and float(bias.mean()) < -1e-3
+
+
+def test_nothing_changed_is_a_ratio_of_exactly_one():
+    x, _, old, std = step_of(8, 0.0, dtype=torch.float32)
+    for ratio in ("plain", "guard"):
+        assert torch.equal(log_ratio(x, old.clone(), old, std, ratio=ratio).exp(), torch.ones(32))
+    assert not divergence(old.clone(), old, std).any()
+
+
+def test_a_small_drift_is_not_lost_in_float32():
+    """The difference of two densities is off by a digit of the density itself, which is a tenth of such a ratio."""
+    x, mean, old, std = step_of(64, 3e-5)
+    exact = log_ratio(x, mean, old, std)
+    single = [tensor.float() for tensor in (x, mean, old, std)]
+    got = log_ratio(*single)
+    crude = log_prob(single[0], single[1], single[3]) - log_prob(single[0], single[2], single[3])
+    error, crude_error = ((value.double() - exact).abs().max() for value in (got, crude))
+    assert error < 0.01 * exact.abs().max() and crude_error > 5 * error
+
+
+@pytest.mark.parametrize("kernel", [flow_sde, dance_sde, cps])
+def test_latents_stored_in_bfloat16_would_spoil_the_ratio(kernel):
+    """Of a policy that has not changed: exactly 1 from float32 latents, far outside of a clip range of 1e-5 else."""
+    generator = torch.Generator().manual_seed(0)
+    x, v, noise = (torch.randn(16, 4, 8, 8, generator=generator) for _ in range(3))
+    made = kernel(x, v, 0.8, 0.7, 0.7)
+    reached = draw(made, noise)
+    stored, reached_stored = x.bfloat16().float(), reached.bfloat16().float()
+    again = kernel(stored, v, 0.8, 0.7, 0.7)
+    assert (log_ratio(reached, kernel(x, v, 0.8, 0.7, 0.7).mean, made.mean, made.std).exp() == 1).all()
+    assert (log_ratio(reached_stored, again.mean, made.mean, made.std).exp() - 1).abs().max() > 1e-5
+
+
+def test_a_penalty_has_a_gradient_towards_the_other_and_none_for_it():
+    mean, other = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    mean, other, std = mean.requires_grad_(), other.requires_grad_(), torch.tensor([0.3, 0.5, 0.7])
+    penalty = divergence(mean, other, std)
+    torch.testing.assert_close(penalty, (mean - other).square().flatten(1).mean(1) / (2 * std**2))
+    penalty.sum().backward()
+    torch.testing.assert_close(mean.grad, (mean - other).detach() / (32 * std.view(-1, 1, 1, 1) ** 2))
+    assert other.grad is None
+    torch.testing.assert_close(divergence(mean, other, std, "sum"), 32 * penalty)
+    gaussians = [torch.distributions.Normal(at.double(), std.view(-1, 1, 1, 1).double()) for at in (mean, other)]
+    expected = torch.distributions.kl_divergence(*gaussians).flatten(1).sum(1)
+    torch.testing.assert_close(divergence(mean, other, std, "sum").double(), expected)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "moved", "advantage", "masked"),
+    [
+        (1.2, 0.5, 1.0, False),  # has not moved far enough
+        (1.2, 1.0, 1.0, True),  # far enough, and would go on
+        (0.8, 2.0, 1.0, False),  # comes back
+        (0.8, 2.0, -1.0, True),
+        (1.2, 2.0, -1.0, False),
+        (1.2, 2.0, 0.0, False),  # has nothing to say anyway
+    ],
+)
+def test_a_sample_is_masked_where_the_policy_has_gone_far_and_would_go_further(ratio, moved, advantage, masked):
+    given = torch.tensor([math.log(ratio)], requires_grad=True)
+    loss, got, stopped = masked_policy_loss(given, torch.tensor([moved]), torch.tensor([advantage]), 1.0)
+    torch.testing.assert_close(loss, torch.tensor([-advantage * ratio]))
+    torch.testing.assert_close(got, torch.tensor([ratio]))
+    assert stopped.tolist() == [masked]
+    loss.sum().backward()
+    torch.testing.assert_close(given.grad, torch.tensor([0.0 if masked else -advantage * ratio]))
+
+
+def test_the_spread_of_a_group_is_that_of_its_pairs():
+    samples = list(torch.randn(6, 2, 3, 3, generator=torch.Generator().manual_seed(0)))
+    samples[3:] = [samples[3]] * 3  # the second group has forgotten all but one
+    first, second = group_spread(samples, 3).tolist()
+    pairs = [(samples[i] - samples[j]).square().mean() for i in range(3) for j in range(i)]
+    assert first == pytest.approx(float(torch.stack(pairs).mean().sqrt())) and second == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: log_ratio(x, x, x, torch.ones(2), ratio="none"), "ratio must be 'plain' or 'guard', not 'none'"),
+        (lambda x: log_ratio(x, x, x, torch.ones(2), "max"), "reduction must be 'mean' or 'sum', not 'max'"),
+        (lambda x: divergence(x, x, torch.tensor([1.0, 0.0])), r"without noise \(std = 0\) has no density"),
+        (lambda x: masked_policy_loss(x[:, 0], x[:, 0], x[:, 0], 0.0), "threshold must be positive, not 0.0"),
+        (lambda x: masked_policy_loss(x[:, 0], x[:1, 0], x[:, 0], 1.0), r"not \(2,\), \(1,\) and \(2,\)"),
+    ],
+)
+def test_what_has_no_ratio_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros(2, 3))

@@ -36,7 +36,8 @@ from zimage_lit.stages import DMDRModule
 from zimage_lit.stages.distillation_settings import DynamicGuidanceSettings, ObjectiveSettings, RolloutSettings
 from zimage_lit.stages.initial_weights import backbone_config, build_backbone, open_weights, read_checkpoint
 from zimage_lit.stages.optimizers import OptimizerSettings
-from zimage_lit.stages.reward_terms import RewardSettings, policy_losses, repeated
+from zimage_lit.stages.reward_terms import RewardSettings, policy_losses
+from zimage_lit.stages.rollouts import repeated
 from zimage_lit.validate import check_config
 
 

@@ -2,5 +2,6 @@
 
 from zimage_lit.stages.dmdr import DMDRModule
 from zimage_lit.stages.flow_matching import FlowMatchingModule
+from zimage_lit.stages.grpo import GRPOModule
 
-__all__ = ["DMDRModule", "FlowMatchingModule"]
+__all__ = ["DMDRModule", "FlowMatchingModule", "GRPOModule"]

@@ -38,8 +38,9 @@ from zimage_lit.stages.optimizers import (
     check_can_shard,
     kind_of_states,
 )
-from zimage_lit.stages.reward_terms import RewardSettings, RewardTerm, check_reward, policy_losses, repeated
+from zimage_lit.stages.reward_terms import RewardSettings, RewardTerm, check_reward, policy_losses
 from zimage_lit.stages.roles import FAKE, Layout, Roles, check_layout, continue_from, fingerprints, make_networks
+from zimage_lit.stages.rollouts import check_canvases, latent_shapes, repeated, roll_out
 
 ROLES = ("student", FAKE)  # those that are trained, in the order of their optimisers
 
@@ -132,8 +133,7 @@ class DMDRModule(LightningModule):
         self.gradient_clip_val = gradient_clip_val
         if self.objective.ida is not None and layout != "copies":
             raise UserError("model.init_args.objective.ida blends whole networks: set layout=copies, or ida to null.")
-        for side in [side for size in canvases or [] for side in size]:
-            at_least_one("model.init_args.canvases: each width and height", side)
+        check_canvases(canvases)
         self.canvases = canvases
         self.seed = seed
         self.parallelize = parallelize or ParallelizeSettings()
@@ -411,25 +411,23 @@ class DMDRModule(LightningModule):
 
     def policy_losses(self, batch: dict[str, Any], settings: RewardSettings, step: int) -> Tensor:
         """Roll out groups with noise, score what comes out, and learn from some of the stochastic steps."""
+        shapes = [shape for shape in self.shapes(batch) for _ in range(settings.group_size)]
         batch = repeated(batch, settings.group_size)
         features = self.encode_captions(batch)
         grid = sigmas(self.rollout.num_inference_steps, self.rollout.shift)
         eta = settings.eta if self.rollout.sampler == "euler" else 1.0
-        shapes = self.shapes(batch)
-        states = [self.noise(shapes, "policy/noise", step)]
-        with torch.no_grad():
-            velocity = guided_velocity(self.backbone, features, None, guidance_scale=1.0)
-            SOLVERS["cps"](
-                velocity, states[0], grid, lambda _, latents: states.append(latents), eta=eta,
-                fresh_noise=lambda number: self.noise(shapes, f"policy/{number}", step),
-            )  # fmt: skip
-        advantages = self.rewarded.advantages(states[-1], batch, step + 1)
+        drawn = roll_out(
+            guided_velocity(self.backbone, features, None, guidance_scale=1.0),
+            self.noise(shapes, "policy/noise", step), grid, range(len(grid) - 1), "cps", eta,
+            fresh_noise=lambda number: self.noise(shapes, f"policy/{number}", step),
+        )  # fmt: skip
+        advantages = self.rewarded.advantages(drawn.clean, batch, step + 1)
         order = torch.randperm(len(grid) - 2, generator=generator(self.seed, "train/policy/steps", step))
         velocities: dict[int, list[Tensor]] = {}
         for number in order[: settings.policy_steps].tolist():
             t = self.at(1 - float(grid[number]), shapes)
-            velocities[number] = self.backbone(states[number], t, features)
-        return policy_losses(states, velocities, grid, eta, advantages)
+            velocities[number] = self.backbone(drawn.states[number], t, features)
+        return policy_losses(drawn.states, velocities, grid, eta, advantages)
 
     # --------------------------------------------------------------------------------------------------- the two terms
 
@@ -520,18 +518,7 @@ class DMDRModule(LightningModule):
 
     def shapes(self, batch: dict[str, Any]) -> list[tuple[int, ...]]:
         """(C, H, W) of the latents to draw: those of the batch's pictures, else of the canvases."""
-        if "image_latents" in batch:
-            return [tuple(x.shape) for x in batch["image_latents"]]
-        if "images" in batch:
-            sizes = [(image.shape[2], image.shape[1]) for image in batch["images"]]
-        elif self.canvases:
-            sizes = [self.canvases[place % len(self.canvases)] for place in range(len(batch["captions"]))]
-        else:
-            raise UserError(
-                "the data give prompts without pictures: say in model.init_args.canvases how large to draw."
-            )
-        side = self.codec.downsample
-        return [(self.config.in_channels, height // side, width // side) for width, height in sizes]
+        return latent_shapes(batch, self.canvases, self.codec.downsample, self.config.in_channels)
 
     # --------------------------------------------------------------------------------------------------- optimisers
 

@@ -22,6 +22,7 @@ from zimage_lit.objectives import transitions
 from zimage_lit.objectives.policy import clipped_policy_loss
 from zimage_lit.rewards import RewardSet
 from zimage_lit.rewards.pictures import quantised
+from zimage_lit.stages.rollouts import decoded, scored
 
 FORMS = ("backprop", "grpo", "advantage")
 
@@ -75,16 +76,6 @@ def check_reward(reward: RewardSettings, objective: Any, num_inference_steps: in
         )
 
 
-def repeated(batch: dict[str, Any], times: int) -> dict[str, Any]:
-    """A batch in which every sample stands `times` times, one after the other."""
-    return {name: [item for item in values for _ in range(times)] for name, values in batch.items()}
-
-
-def decoded(codec: LatentCodec, latents: Sequence[Tensor]) -> list[Tensor]:
-    """Latents (C, h, w) of any sizes -> pictures (3, H, W) float in [-1, 1], with their gradient."""
-    return [codec.decode(one[None])[0] for one in latents]
-
-
 class RewardTerm:
     """The rewards of a run, asked about a stage's samples.
 
@@ -113,9 +104,7 @@ class RewardTerm:
     @torch.no_grad()
     def advantages(self, latents: list[Tensor], batch: dict[str, Any], step: int) -> Tensor:
         """How much better each sample is than the others of its group, (B,), all rewards together."""
-        groups = torch.arange(len(latents), device=latents[0].device) // self.settings.group_size
-        pictures = [quantised(picture) for picture in decoded(self.codec, latents)]
-        scores = self.rewards.score(pictures, batch["captions"], batch.get("metadata"), groups, step)
+        scores, groups = scored(self.rewards, self.codec, latents, batch, self.settings.group_size, step)
         self.figures = self.rewards.logged(scores)
         return self.rewards.combined_advantages(scores, groups, self.settings.std, self.settings.clip)
 

@@ -1,6 +1,7 @@
 """What the stages that train one backbone with one optimiser have in common."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,16 +15,25 @@ from zimage_lit.errors import UserError
 from zimage_lit.lora import (
     TRAINED,
     LoRASettings,
+    adapter_of,
     base_fingerprint,
     base_weights,
     check_adapter_types,
-    is_adapter,
     kept_weights,
 )
 from zimage_lit.stages.frozen_parts import prepare_frozen_parts
 from zimage_lit.stages.gradients import clip_gradients
 from zimage_lit.stages.initial_weights import backbone_config, check_continues, stage_backbone
 from zimage_lit.stages.optimizers import LearningRate, OptimizerSettings, build_optimizer, check_can_shard
+from zimage_lit.stages.snapshots import (
+    FrozenType,
+    Snapshot,
+    SnapshotKind,
+    adapters_of_stage,
+    check_frozen_dtype,
+    check_snapshots,
+    make_snapshots,
+)
 
 
 class BackboneStage(LightningModule):
@@ -36,6 +46,9 @@ class BackboneStage(LightningModule):
         where it is as long as the run is continued or drawn from.
     parallelize: activation checkpointing and compiling; None for neither. Under the strategy `fsdp2` the backbone is
         sharded as well: made without memory, and filled part by part.
+    snapshots: name -> kind of the earlier weights that the stage needs in training (`self.snapshots`); see
+        `snapshots.py`.
+    frozen_dtype: of a frozen copy of the whole network among them; None for the trainer's.
     """
 
     hands_over_gradient_norm = True  # to callbacks that have `on_gradient_norm`
@@ -50,8 +63,14 @@ class BackboneStage(LightningModule):
         init_from: str | None,
         lora: LoRASettings | None,
         parallelize: ParallelizeSettings | None,
+        snapshots: Mapping[str, SnapshotKind] | None = None,
+        frozen_dtype: FrozenType | None = None,
     ) -> None:
         super().__init__()
+        self.snapshot_kinds = snapshots or {}
+        check_frozen_dtype(frozen_dtype, lora, self.snapshot_kinds)
+        self.frozen_dtype = frozen_dtype
+        self.snapshots: dict[str, Snapshot] = {}  # configure_model makes them
         self.text_encoder = text_encoder
         self.codec = codec
         self.config = backbone_config(backbone)
@@ -69,22 +88,39 @@ class BackboneStage(LightningModule):
             return
         if self.device_mesh is not None:
             check_can_shard(self.optimizer_settings)
-        adapters = {TRAINED: self.lora} if self.lora else {}
+        kinds = self.snapshot_kinds if self._trainer is not None else {}  # who only draws pictures needs none
+        adapters = adapters_of_stage(self.lora, kinds)
         self.backbone = stage_backbone(self, self.init_from, adapters, self.lora.frozen_dtype if self.lora else None)
         if self.lora:
             self.lora_base = base_fingerprint(base_weights(self.backbone))
+        self.snapshots = make_snapshots(self, kinds, self.frozen_dtype)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """What checkpoints hold: of a LoRA run the adapters alone."""
+        """What checkpoints hold: nothing frozen, so of a LoRA run the adapters alone; of snapshots those that move, as
+        `<snapshot's name>.…`."""
         state = super().state_dict(*args, **kwargs)
-        return {name: weight for name, weight in state.items() if is_adapter(name)} if self.lora else state
+        if self.lora:
+            state = {name: weight for name, weight in state.items() if adapter_of(name) == TRAINED}
+        copies = tuple(f"{name}." for name in self.snapshots)
+        own = {name: weight for name, weight in state.items() if not name.startswith(copies)}
+        moved = {name: snapshot.kept() for name, snapshot in self.snapshots.items()}
+        return own | {f"{name}.{key}": weight for name, kept in moved.items() for key, weight in kept.items()}
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.snapshots:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        with torch.no_grad():
+            for name, target in self.state_dict().items():
+                target.copy_(state_dict[name])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.lora:
             checkpoint["lora_base"] = self.lora_base
+        checkpoint["snapshots"] = {name: snapshot.fingerprint for name, snapshot in self.snapshots.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_base(checkpoint)
+        check_snapshots(checkpoint, self.snapshots, self.init_from)
         check_continues(checkpoint, self.backbone, self.optimizer_settings)
 
     def check_base(self, checkpoint: dict[str, Any]) -> None:
