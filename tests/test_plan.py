@@ -141,6 +141,14 @@ def test_muon_is_not_planned_in_shards() -> None:
         read_training(config(trainer={"strategy": "fsdp2"}, model={"optimizer": {"name": "muon"}}), devices=4)
 
 
+def test_stages_with_more_than_one_forward_are_not_planned() -> None:
+    for stage, named in (("DMDRModule", "38 bytes a parameter"), ("DPOModule", "adds a third of the work")):
+        changed = config()
+        changed["model"]["class_path"] = f"zimage_lit.stages.{stage}"
+        with pytest.raises(UserError, match=named):
+            read_training(changed)
+
+
 def hybrid_of(replicate: int) -> dict[str, Any]:
     return {"class_path": "zimage_lit.strategies.FSDP2Strategy", "init_args": {"replicate": replicate}}
 
