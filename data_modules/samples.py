@@ -117,7 +117,7 @@ class SampleReader(Dataset[dict[str, Any]]):
     """One split of a prepared data set, read at random. Chunks are opened at first use, in the worker that reads.
 
     folder: of the split, a path or an address (see `ChunkedSamples`).   sizes: at which pictures are given; None: as
-    they are stored.   cache: of chunks behind an address.   copies: of each sample in its batch, one after the other.
+    they are stored.   cache: of chunks behind an address.
     Reading a damaged sample gives {"error": one sentence} instead of raising: an exception crosses from a worker with
     its traceback glued to its message, a value as it is.
     """
@@ -128,13 +128,11 @@ class SampleReader(Dataset[dict[str, Any]]):
         choose_caption: CaptionChooser,
         sizes: SizeMapping | None = None,
         cache: CacheSettings | None = None,
-        copies: int = 1,
     ) -> None:
         self.folder = folder
         self.choose_caption = choose_caption
         self.sizes = sizes
         self.samples = ChunkedSamples(folder, cache)
-        self.copies = copies
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -160,7 +158,7 @@ class SampleReader(Dataset[dict[str, Any]]):
             if "error" in read[key]:
                 return [read[key] for _ in keys]  # each further sample might wait for the same dead server
         self.samples.release()
-        return [read[key] for key in keys for _ in range(self.copies)]
+        return [read[key] for key in keys]
 
     def _read(self, epoch: int, index: int) -> dict[str, Any]:
         name: Any = f"number {index}"

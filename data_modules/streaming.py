@@ -70,7 +70,6 @@ class ResumableLoader:
             "num_samples": len(reader),
             **asdict(self._plan_settings),
             "caption_weights": reader.choose_caption.weights,
-            "group_size": reader.copies,
             **self._table.settings,
         }
         share = self._plan_settings.share
@@ -140,7 +139,8 @@ class ResumableLoader:
         return {**position, **self._settings}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        saved = {name: value for name, value in state.items() if name not in POSITION}
+        # group_size: of earlier versions, 1 in all of their runs
+        saved = {name: value for name, value in state.items() if name not in (*POSITION, "group_size")}
         if self._is_sliced and saved["world_size"] * (saved["batch_size"] or 0) == self._plan_settings.share:
             saved |= {name: self._settings[name] for name in ("world_size", "batch_size")}
         _check_same_settings(saved, self._settings)

@@ -16,7 +16,7 @@ from data_modules.planning import PlanSettings, SampleTable, check_stored_sides
 from data_modules.remote import is_remote
 from data_modules.samples import Batch, CaptionChooser, SampleReader
 from data_modules.streaming import OrderedLoader, ResumableLoader
-from zimage_lit.errors import UserError, at_least_one
+from zimage_lit.errors import UserError
 
 CaptionWeights = dict[str, dict[str, float]]  # language -> kind -> weight
 
@@ -54,7 +54,6 @@ class TextToImageDataModule(LightningDataModule):
 
     roles: tuple[str, ...] = ("image",)  # what pictures a sample must have
     pictures, sequences = 1, 1  # how its tokens are counted, see `planning.read_table`
-    group_size = 1  # times that a sample stands in its batch
 
     def __init__(
         self,
@@ -181,7 +180,7 @@ class TextToImageDataModule(LightningDataModule):
         folder = self.data_dir / split if isinstance(self.data_dir, Path) else f"{self.data_dir.rstrip('/')}/{split}"
         choose_caption = CaptionChooser(self.caption_weights, self.seed)
         sizes = None if self._has_latents(self.manifest) else self.sizes  # latents have their sizes already
-        return SampleReader(folder, choose_caption, sizes, self.cache, self.group_size)
+        return SampleReader(folder, choose_caption, sizes, self.cache)
 
     def _table(
         self,
@@ -273,8 +272,7 @@ class PromptDataModule(TextToImageDataModule):
     """Batches of prompts alone, for stages that draw their own pictures: `captions`, `metadata` and `ids`.
 
     Args:
-        group_size: times that each prompt stands in its batch, one after the other: pictures that are compared.
-        batch_size: prompts per device and step, each `group_size` times.
+        batch_size: prompts per device and step, each once; a stage says how many pictures it draws of each.
 
     Other args and errors: see TextToImageDataModule.
     """
@@ -285,7 +283,6 @@ class PromptDataModule(TextToImageDataModule):
         self,
         data_dir: str,
         batch_size: int = 8,
-        group_size: int = 1,
         num_workers: int = 0,
         seed: int = 0,
         caption_weights: CaptionWeights | None = None,
@@ -307,8 +304,6 @@ class PromptDataModule(TextToImageDataModule):
             verify=verify,
             cache=cache,
         )
-        at_least_one("data.init_args.group_size", group_size)
-        self.group_size = group_size
 
 
 MODULES = {

@@ -89,6 +89,10 @@ def test_what_an_experiment_leaves_open_may_stay_open_but_not_the_sizes(capsys: 
     assert code == 2 and "model.init_args.backbone=z-image-6b" in printed
     code, printed = plan(capsys, "z-image-6b/decoupled_dmd")
     assert code == 2 and "plan knows stages that train one network" in printed
+    code, printed = plan(capsys, "z-image-6b/grpo")
+    assert code == 2 and "a GRPOModule draws them" in printed
+    code, printed = plan(capsys, "z-image-6b/dpo")
+    assert code == 2 and "adds a third of the work" in printed
     code, printed = plan(capsys, *FINETUNE, "data.init_args.sizes=null")
     assert code == 2 and "data.init_args.sizes.resolution" in printed
 
@@ -139,14 +143,6 @@ def test_shards_replicas_and_copies_are_told_apart() -> None:
 def test_muon_is_not_planned_in_shards() -> None:
     with pytest.raises(UserError, match="muon needs whole matrices"):
         read_training(config(trainer={"strategy": "fsdp2"}, model={"optimizer": {"name": "muon"}}), devices=4)
-
-
-def test_stages_with_more_than_one_forward_are_not_planned() -> None:
-    for stage, named in (("DMDRModule", "38 bytes a parameter"), ("DPOModule", "adds a third of the work")):
-        changed = config()
-        changed["model"]["class_path"] = f"zimage_lit.stages.{stage}"
-        with pytest.raises(UserError, match=named):
-            read_training(changed)
 
 
 def hybrid_of(replicate: int) -> dict[str, Any]:

@@ -40,10 +40,9 @@ SMALL = [
     "trainer.enable_progress_bar=false",
     "trainer.callbacks.samples.init_args.prompts=[a boat]",
     "trainer.callbacks.samples.init_args.sampling={height: 32, width: 48, num_inference_steps: 1}",
-    "data.init_args.data_dir=data/pictures",
-    "data.init_args.token_budget=1024",
     "data.init_args.num_workers=0",
 ]
+PICTURES = ["data.init_args.data_dir=data/pictures", "data.init_args.token_budget=1024"]
 COMPILED = "model.init_args.parallelize.compile_backend=eager"  # inductor takes a minute
 NOT_COMPILED = "model.init_args.parallelize.compile=false"  # one of them is enough
 OWN = {
@@ -60,11 +59,24 @@ OWN = {
         "trainer.callbacks.pickscore={class_path: zimage_lit.rewards.controls.JPEGSize}",
     ],
     "dpo": [NOT_COMPILED, "data.init_args.sizes.resolution=64", "data.init_args.data_dir=data/pairs"],
+    "grpo": [
+        "trainer.callbacks.pickscore={class_path: zimage_lit.rewards.controls.JPEGSize, init_args: {name: pick_score}}",
+        "trainer.callbacks.gold={class_path: zimage_lit.rewards.controls.Brightness}",
+        "trainer.callbacks.gold.init_args={name: gold, held_out: true}",
+        "model.init_args.canvases=[[32, 48], [64, 32]]",
+        "model.init_args.rollout.group_size=3",
+        "model.init_args.lora.rank=4",
+        "data.init_args.data_dir=data/prompts",
+        "data.init_args.batch_size=2",
+    ],
 }
 
 
 def test_every_experiment_at_full_size_is_tried_here() -> None:
     assert {name.rpartition("/")[2] for name in NAMES} == set(OWN)
+
+
+ON_PROMPTS = ("grpo",)  # the others learn from pictures
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -128,12 +140,14 @@ def write_pairs(pictures: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """models/z-image, the published layout of small parts, data/pictures and data/pairs."""
+    """models/z-image, the published layout of small parts, data/pictures, data/pairs and data/prompts."""
     folder = tmp_path_factory.mktemp("workplace")
     write_pictures(folder / "pictures")
     prepare(PrepareSettings(str(folder / "pictures"), str(folder / "data/pictures"), min_side=32, num_workers=1))
     pairs = write_pairs(folder / "pictures")
     prepare(PrepareSettings(str(pairs), str(folder / "data/pairs"), min_side=32, num_workers=1))
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "{n} boats"}}\n' for n in range(8)))
+    prepare(PrepareSettings(str(folder / "prompts.jsonl"), str(folder / "data/prompts"), num_workers=1))
     with torch.random.fork_rng():
         torch.manual_seed(1)
         ZImagePipeline(
@@ -147,11 +161,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, stage: str) -> int | None:
     """`lightning run z-image-6b/STAGE` in a process of its own, for it may set up communication."""
 
+    data = [] if stage in ON_PROMPTS else PICTURES
+
     def child() -> None:
         os.chdir(folder)
         os.environ["OMP_NUM_THREADS"] = "1"  # else Lightning sets as many as there are cores, which hangs after a fork
         torch.set_num_threads(1)
-        os._exit(cli.main(["run", f"z-image-6b/{stage}", *SMALL, *OWN[stage]]))
+        os._exit(cli.main(["run", f"z-image-6b/{stage}", *SMALL, *data, *OWN[stage]]))
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -185,6 +201,13 @@ def test_a_small_twin_is_distilled_and_follows_a_reward(workplace: Path) -> None
     pipeline = ZImagePipeline.from_pretrained(workplace / "outputs/z-image-6b/dmdr/pipeline")
     defaults = pipeline.defaults
     assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.shift) == (1, 1.0, 3.0)
+
+
+def test_a_small_twin_learns_from_rewards(workplace: Path) -> None:
+    assert run(workplace, "grpo") == 0
+    check_finished(workplace, "grpo")
+    lines = (workplace / "outputs/z-image-6b/grpo/rewards/rank-0.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 2 * 3  # iterations, prompts, pictures of each
 
 
 def test_a_lora_is_handed_out_for_others_tools(workplace: Path) -> None:

@@ -266,19 +266,15 @@ def test_pairs_stay_together(pairs: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_prompts_come_in_groups_with_their_metadata(prompts: Path, num_workers: int) -> None:
-    module = set_up(PromptDataModule(str(prompts), batch_size=5, group_size=3, num_workers=num_workers))
+def test_prompts_come_once_with_their_metadata(prompts: Path, num_workers: int) -> None:
+    module = set_up(PromptDataModule(str(prompts), batch_size=5, num_workers=num_workers))
     seen = []
     for batch in module.train_dataloader():
-        assert set(batch) == {"captions", "metadata", "ids"} and len(batch["captions"]) == 15
-        for start in range(0, 15, 3):
-            group = batch["captions"][start : start + 3]
-            count = int(group[0].split()[0])
-            assert group == [f"{count} cats"] * 3
-            assert (
-                batch["metadata"][start : start + 3]
-                == [{"tag": "counting", "include": [{"class": "cat", "count": count}]}] * 3
-            )
+        assert set(batch) == {"captions", "metadata", "ids"} and len(batch["captions"]) == 5
+        for caption, metadata in zip(batch["captions"], batch["metadata"], strict=True):
+            count = int(caption.split()[0])
+            assert caption == f"{count} cats"
+            assert metadata == {"tag": "counting", "include": [{"class": "cat", "count": count}]}
             seen.append(count)
     assert sorted(seen) == list(range(10))
 
@@ -490,7 +486,6 @@ def test_settings_that_do_not_fit_the_data_are_named(
     assert "the data have no planning.npz" in training(noise_folder, sizes=None, batch_size=None, token_budget=100)
     encoded = rewritten(pictures, tmp_path / "encoded", encoded_by={"codec": "f" * 64})
     assert "has latents of pictures of fixed sizes: leave out data.init_args.sizes" in training(encoded)
-    assert "group_size must be at least 1" in refused(lambda: PromptDataModule(str(prompts), group_size=0))
 
 
 def test_a_validation_split_that_cannot_be_shared_is_named(pictures: Path) -> None:

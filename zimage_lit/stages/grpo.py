@@ -14,8 +14,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 import torch
@@ -55,9 +55,11 @@ class Pack:
     weights give the same velocities, to the last digit."""
 
     places: list[int]  # in the roll-out of this device
-    features: list[Tensor]  # (L_i, D) of the captions
-    window: range  # steps that drew noise
-    rollout: Rollout
+    captions: list[Tensor]  # their features (L_i, D)
+    negatives: list[Tensor] | None  # with guidance, those of the empty caption
+    shapes: list[tuple[int, ...]]  # (C, H, W) of the latents
+    window: range  # steps that draw noise
+    rollout: Rollout = field(init=False)
 
 
 @dataclass
@@ -184,16 +186,22 @@ class GRPOModule(BackboneStage):
         """The roll-out: packs of pictures, those of a minibatch together; every rank has as many."""
         size = self.rollout.group_size
         shapes = latent_shapes(batch, self.canvases, self.codec.downsample, self.config.in_channels)
-        shapes = [shape for shape in shapes for _ in range(size)]
-        features = repeated({"features": self.encode_captions(batch)}, size)["features"]
+        captions = self.encode_captions(batch)
+        empty = self.text_encoder.encode([""]) if self.rollout.guidance_scale != 1 else None
         window = range(0)
         if self.method == "grpo":
             window = self.grpo.window.place(generator(self.seed, "train/window", step))  # no rank: one for all
+
+        def pack(places: list[int]) -> Pack:
+            prompts = [place // size for place in places]
+            negatives = None if empty is None else empty * len(places)
+            return Pack(places, [captions[i] for i in prompts], negatives, [shapes[i] for i in prompts], window)
+
+        minibatches = [[pack(places) for places in packs] for packs in self.plan(len(captions))]
         with self.drawing() as network:
-            return [
-                [self.draw_pack(network, places, features, shapes, window, step) for places in packs]
-                for packs in self.plan(len(batch["captions"]))
-            ]
+            for one in chain.from_iterable(minibatches):
+                one.rollout = self.sample(network, one, step)
+        return minibatches
 
     def plan(self, prompts: int) -> list[list[list[int]]]:
         """Minibatches of packs of places in a roll-out, whole groups in each minibatch."""
@@ -213,30 +221,21 @@ class GRPOModule(BackboneStage):
         """The network that draws."""
         return self.snapshots["old_policy"].acting() if self.method == "nft" else nullcontext(self.backbone)
 
-    def draw_pack(
-        self,
-        network: S3DiT,
-        places: list[int],
-        features: list[Tensor],
-        shapes: list[tuple[int, ...]],
-        window: range,
-        step: int,
-    ) -> Pack:
-        own, sizes = [features[place] for place in places], [shapes[place] for place in places]
-        size = self.rollout.group_size
+    def sample(self, network: S3DiT, pack: Pack, step: int) -> Rollout:
+        size, places = self.rollout.group_size, pack.places
         begun = [place // size * size for place in places] if self.rollout.same_noise else places
-        drawn = roll_out(
-            self.velocity(network, own), self.noise(begun, sizes, "noise", step), self.rollout.grid, window,
-            self.grpo.transition, self.grpo.noise_level,
-            fresh_noise=lambda number: self.noise(places, sizes, f"noise/{number}", step),
+        return roll_out(
+            self.velocity(network, pack), self.noise(begun, pack.shapes, "noise", step), self.rollout.grid,
+            pack.window, self.grpo.transition, self.grpo.noise_level,
+            fresh_noise=lambda number: self.noise(places, pack.shapes, f"noise/{number}", step),
         )  # fmt: skip
-        return Pack(places, own, window, drawn)
 
-    def velocity(self, network: S3DiT, features: list[Tensor]) -> Callable[[Any, float], Any]:
+    def velocity(self, network: S3DiT, pack: Pack) -> Callable[[Any, float], Any]:
         """What the sampler follows, of latents at a time: it is what is learnt, guidance included."""
-        guidance = self.rollout.guidance_scale
-        empty = self.text_encoder.encode([""]) * len(features) if guidance != 1 else None
-        return guided_velocity(network, features, empty, guidance, cfg_start=self.rollout.cfg_start)
+        settings = self.rollout
+        return guided_velocity(
+            network, pack.captions, pack.negatives, settings.guidance_scale, cfg_start=settings.cfg_start
+        )
 
     # --------------------------------------------------------------------------------------------------- judgement
 
@@ -263,7 +262,6 @@ class GRPOModule(BackboneStage):
 
     def learn(self, minibatches: list[list[Pack]], judgement: Judgement, step: int) -> dict[str, Any]:
         """All updates of an iteration; means of what was seen on the way."""
-        torch.clear_autocast_cache()  # what the roll-out has cast without a graph would stay without one
         seen: dict[str, list[Tensor]] = defaultdict(list)
         terms = self.policy_terms if self.method == "grpo" else self.forward_process_terms
         for epoch in range(self.epochs):
@@ -292,7 +290,7 @@ class GRPOModule(BackboneStage):
         advantages = judgement.advantages[pack.places]
         for number, (place, old) in enumerate(zip(pack.window, drawn.made, strict=True)):
             x, levels = drawn.states[number], (grid[place], grid[place + 1])
-            v = self.velocity(self.backbone, pack.features)(x, 1 - levels[0])
+            v = self.velocity(self.backbone, pack)(x, 1 - levels[0])
             made = self.transition(x, v, *levels)
             change = policy.log_ratio(
                 drawn.states[number + 1], made.mean, old.mean, made.std, settings.reduction, settings.ratio
@@ -308,7 +306,7 @@ class GRPOModule(BackboneStage):
             figures = {"ratio": ratio, "clip_fraction": held.float()}
             if self.kl.weight:
                 with self.snapshots["reference"].acting() as network:
-                    reference = self.velocity(network, pack.features)(x, 1 - levels[0])
+                    reference = self.velocity(network, pack)(x, 1 - levels[0])
                 figures["kl"] = flow_matching.loss(v, reference)
                 if self.kl.space == "latent":
                     mean, _ = self.transition(x, reference, *levels)
@@ -324,19 +322,19 @@ class GRPOModule(BackboneStage):
         self, pack: Pack, judgement: Judgement, step: int, epoch: int
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """DiffusionNFT: losses (B,) and figures (B,) of a pack, one noised copy after the other."""
-        clean, features, area = pack.rollout.clean, pack.features, self.config.patch_size**2
+        clean, captions, area = pack.rollout.clean, pack.captions, self.config.patch_size**2
         advantages, informative = (values[pack.places] for values in (judgement.advantages, judgement.informative))
+        tokens = [height * width // area for _, height, width in pack.shapes]
         for copy in range(self.nft.times):
             purpose = f"nft/{epoch}/{copy}"
-            tokens = [x[0].numel() // area for x in clean]
             sources = self.sources(pack.places, f"{purpose}/times", step)
             times = [self.nft.timesteps.sample([n], source) for n, source in zip(tokens, sources, strict=True)]
             t = torch.cat(times).to(self.device)
-            noise = self.noise(pack.places, [tuple(x.shape) for x in clean], f"{purpose}/noise", step)
+            noise = self.noise(pack.places, pack.shapes, f"{purpose}/noise", step)
             noisy = flow_matching.interpolate(noise, clean, t)
-            v = self.backbone(noisy, t, features)
+            v = self.backbone(noisy, t, captions)
             with self.snapshots["old_policy"].acting() as network:
-                old = network(noisy, t, features)
+                old = network(noisy, t, captions)
             losses = forward_process.forward_process_loss(
                 v, old, noisy, clean, t, advantages, self.nft.mixing, self.advantage.clip
             )
@@ -344,7 +342,7 @@ class GRPOModule(BackboneStage):
             figures = {"policy_distance": flow_matching.loss(v, old)}
             if self.kl.weight:
                 with self.snapshots["reference"].acting() as network:
-                    reference = network(noisy, t, features)
+                    reference = network(noisy, t, captions)
                 figures["kl"] = flow_matching.loss(v, reference)
                 losses = losses + self.kl.weight * figures["kl"]
             yield losses, figures

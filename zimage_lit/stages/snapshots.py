@@ -19,7 +19,7 @@ from torch import Tensor
 from zimage_lit.backbone import S3DiT
 from zimage_lit.backbone.parallelize import local
 from zimage_lit.errors import UserError
-from zimage_lit.lora import TRAINED, LoRASettings, base_fingerprint, kept_weights, with_adapters
+from zimage_lit.lora import TRAINED, LoRASettings, adapter_of, base_fingerprint, kept_weights, with_adapters
 from zimage_lit.objectives.distillation import blend
 from zimage_lit.stages.initial_weights import stage_backbone
 
@@ -64,7 +64,7 @@ class Snapshot:
 
 def adapters_of_stage(lora: LoRASettings | None, kinds: Mapping[str, SnapshotKind]) -> dict[str, LoRASettings]:
     """All adapters that a stage's backbone needs, those of the snapshots included; the trained ones come last, for the
-    others are frozen then."""
+    latest is the active one."""
     if lora is None:
         return {}
     return {name: lora for name, kind in kinds.items() if kind == "follows"} | {TRAINED: lora}
@@ -85,7 +85,11 @@ def make_snapshots(
             dtype = getattr(torch, frozen_dtype) if frozen_dtype and not follows else None
             network = stage_backbone(stage, stage.init_from, {}, dtype).requires_grad_(False)
             setattr(stage, name, network)
-        snapshots[name] = Snapshot(kind, stage.backbone, network, name if stage.lora and follows else None)
+        own = name if stage.lora and follows else None
+        for parameter_name, parameter in stage.backbone.named_parameters():
+            if own and adapter_of(parameter_name) == own:  # peft leaves it to be trained, inactive as it is
+                parameter.requires_grad_(False)
+        snapshots[name] = Snapshot(kind, stage.backbone, network, own)
     return snapshots
 
 

@@ -1,0 +1,88 @@
+"""Reinforcement learning on two processes of a CPU, weights sharded, against one process that sees the same prompts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distillation import same, write_teacher
+from policies import Seen, fit, is_number, stage
+from ranks import Ranks
+from torch.distributed.tensor import DTensor
+
+from zimage_lit.backbone.parallelize import ParallelizeSettings
+from zimage_lit.lora import LoRASettings
+from zimage_lit.run_folder import last_checkpoint
+from zimage_lit.stages.grpo_settings import GroupRolloutSettings, PenaltySettings
+from zimage_lit.stages.initial_weights import read_checkpoint
+from zimage_lit.strategies import FSDP2Strategy
+
+WAYS: dict[str, dict[str, Any]] = {
+    "grpo": {"kl": PenaltySettings(0.1, "latent")},
+    "grpo-lora": {"lora": LoRASettings(rank=4), "kl": PenaltySettings(0.1)},
+    "nft": {},
+    "nft-lora": {"lora": LoRASettings(rank=4), "kl": PenaltySettings(0.1)},
+}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_teacher(tmp_path_factory.mktemp("start") / "transformer")
+
+
+def fit_sharded(start: Path, way: str, folder: Path, steps: int, resume: Path | None = None) -> Seen:
+    module = stage(start, way.partition("-")[0], **WAYS[way])
+    seen = fit(module, folder, steps, resume, strategy=FSDP2Strategy(), devices=2)
+    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return seen
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_learn_as_one_process_does_and_go_on_exactly(pair, start, tmp_path, way):
+    alone = fit(stage(start, way.partition("-")[0], **WAYS[way]), tmp_path / "alone", 4)
+    both = pair(fit_sharded, start, way, tmp_path / "both", 4)
+    for name in ("reward/bright", "train/loss", "train/diversity"):
+        means = [sum(pair_of) / 2 for pair_of in zip(*([f[name] for f in seen.figures] for seen in both), strict=True)]
+        assert means == pytest.approx([figures[name] for figures in alone.figures], rel=2e-3, abs=1e-4)
+    assert both[0].figures[0].get("train/ratio", 1.0) == both[1].figures[0].get("train/ratio", 1.0) == 1
+    assert both[0].windows == both[1].windows == alone.windows
+    assert both[0].forwards == both[1].forwards  # else ranks would wait for one another
+    assert same(both[0].states[-1], both[1].states[-1])
+    for name, value in alone.states[-1].items():
+        if name.startswith(("weights.", "average.")):
+            torch.testing.assert_close(both[0].states[-1][name], value, rtol=0, atol=1e-3)
+            assert not torch.equal(value, alone.states[0][name]) or value.abs().max() == 0
+
+    pair(fit_sharded, start, way, tmp_path / "torn", 2)
+    last = last_checkpoint(tmp_path / "torn")
+    kept = {name.partition(".")[0] for name in read_checkpoint(last)["state_dict"]}
+    assert kept == ({"backbone", "old_policy"} if "nft" in way else {"backbone"})
+    resumed = pair(fit_sharded, start, way, tmp_path / "torn", 4, last)
+    assert [seen.figures for seen in resumed] == [seen.figures[2:] for seen in both]
+    assert same(resumed[0].states[-1], both[0].states[-1])
+
+
+def fit_with_everything(start: Path, folder: Path) -> tuple[Seen, set[torch.dtype]]:
+    """Half-precision base, recomputed blocks, guidance, several updates, mixed precision."""
+    module = stage(
+        start, lora=LoRASettings(rank=4, base_dtype="bfloat16"), kl=PenaltySettings(0.1), minibatches=2, epochs=2,
+        rollout=GroupRolloutSettings(4, guidance_scale=2.0, group_size=3, batch_size=2),
+        parallelize=ParallelizeSettings(activation_checkpointing="full"),
+    )  # fmt: skip
+    seen = fit(module, folder, 2, strategy=FSDP2Strategy(), devices=2, precision="bf16-mixed")
+    return seen, {parameter.dtype for parameter in module.backbone.parameters() if not parameter.requires_grad}
+
+
+def test_all_options_work_on_shards(pair, start, tmp_path):
+    both = pair(fit_with_everything, start, tmp_path)
+    for seen, types in both:
+        assert types == {torch.bfloat16}
+        assert all(map(is_number, seen.figures)) and seen.figures[0]["train/ratio_std"] > 0
+    assert same(both[0][0].states[-1], both[1][0].states[-1])
