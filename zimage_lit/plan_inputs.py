@@ -39,9 +39,9 @@ NOT_PLANNED = {  # by the class of the stage: why not, and what to do
     "FlowMatchingModule with as many packed tokens; to that the reference adds a third of the work (a quarter with "
     "activation_checkpointing=full) and, without LoRA, 4 bytes a parameter over all GPUs (2 with "
     "frozen_dtype=bfloat16).",
-    "GRPOModule": "plan knows stages that learn from the data's own pictures, and a GRPOModule draws them: training holds "
-    "as much as a fine-tune of the same lora on rollout.batch_size pictures (twice as many with guidance), and without "
-    "lora a copy of the network for each of method=nft and kl.",
+    "GRPOModule": "plan knows stages that learn from the data's own pictures, and a GRPOModule draws them: training "
+    "holds as much as a fine-tune of the same lora on rollout.batch_size pictures (twice as many with guidance), and "
+    "without lora a copy of the network for each of method=nft and kl.",
 }
 Strategy = Literal["one device", "ddp", "fsdp2"]
 

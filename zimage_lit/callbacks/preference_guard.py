@@ -1,4 +1,4 @@
-"""Learning from pairs is stopped where it makes the pictures that are preferred less likely, too."""
+"""The end of a run that makes the pictures that are preferred less likely, too."""
 
 import math
 from collections import deque
@@ -7,21 +7,23 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from zimage_lit.errors import SharedError, UserError, at_least_one
-from zimage_lit.run_folder import last_checkpoint
-from zimage_lit.stages.initial_weights import read_checkpoint
+from zimage_lit.callbacks.reward_guard import kept_before
+from zimage_lit.errors import UserError, at_least_one
 
 
 class PreferenceGuard(Callback):
-    """Stops a `DPOModule` whose error on winners, relative to the reference's, keeps above a limit.
+    """Ends a run of a `DPOModule` whose error on winners, relative to the reference's, keeps above a limit.
 
     Preferences are told apart the better the more the losers' error grows, and the winners' may grow with it: implicit
     accuracy rises while pictures fall apart. The mean over the last `window` optimiser steps is looked at, once there
-    are as many; above `max_winner_error` for `patience` steps in a row the run ends, and its error names the last
-    checkpoint from before that. The mean is logged as `guard/winner_error`. Window and count survive a resume, so a run
-    that is interrupted stops at the same step. With a reference that is refreshed the error is relative to the latest.
+    are as many; above `max_winner_error` for `patience` steps in a row the run ends as if `trainer.max_steps` had been
+    reached, with a sentence that names the last checkpoint from before that, if any was kept
+    (`checkpoint.keep_every_n_steps`). The mean is logged as `guard/winner_error`. Window and count survive a resume, so
+    a run that is interrupted ends at the same step. With a reference that is refreshed the error is relative to the
+    latest.
 
     max_winner_error: 0.02 is two hundredths above the reference.
     Raises UserError for settings that make no sense, and for a stage that has no winners.
@@ -62,23 +64,18 @@ class PreferenceGuard(Callback):
         pl_module.log("guard/winner_error", mean)
         above = len(self.errors) == self.window and mean > self.max_winner_error
         self.in_a_row = self.in_a_row + 1 if above else 0
-        if self.in_a_row == self.patience:
+        if self.in_a_row >= self.patience:
             self.stop(trainer, mean)
 
     def stop(self, trainer: Trainer, mean: float) -> None:
-        first_above = trainer.global_step - self.patience + 1
-        good = last_good_checkpoint(Path(trainer.default_root_dir), before=first_above)
-        advice = (
-            f"the last checkpoint from before that is {good}"
-            if good
-            else "no checkpoint from before that was kept (trainer.callbacks.checkpoint.init_args.keep_every_n_steps "
-            "keeps some)"
-        )
-        raise SharedError(
-            f"the error on winners is {100 * mean:.2g} % above the reference's in the mean of {self.window} steps, and "
-            f"has been over PreferenceGuard's max_winner_error={self.max_winner_error} since step {first_above}: what "
-            f"is preferred becomes less likely as well; {advice}: draw from it, or begin anew with a larger "
-            "model.init_args.preference.beta or anchor, or a lower learning rate."
+        trainer.should_stop = True
+        good = trainer.global_step - self.in_a_row
+        rank_zero_warn(
+            f"PreferenceGuard ends the run at step {trainer.global_step}: since step {good + 1} the error on winners, "
+            f"in the mean of {self.window} steps, has been more than {self.max_winner_error:.3g} above the reference's "
+            f"({mean:.3g} now), so what is preferred becomes less likely, too. "
+            f"{kept_before(Path(trainer.default_root_dir), good)} A larger model.init_args.preference.beta or anchor, "
+            "or a lower learning rate, goes on for longer."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,13 +84,3 @@ class PreferenceGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.errors.extend(state_dict["errors"])
         self.in_a_row = state_dict["in_a_row"]
-
-
-def last_good_checkpoint(output_dir: Path, before: int) -> Path | None:
-    """The latest checkpoint of a run whose last step came before step `before`; None where there is none."""
-    last = last_checkpoint(output_dir)
-    kept = {path: int(path.stem.removeprefix("step-")) for path in last.parent.glob("step-*.ckpt")}
-    if last.exists():
-        kept[last] = int(read_checkpoint(last)["global_step"])
-    good = [path for path, step in kept.items() if step < before]
-    return max(good, key=lambda path: (kept[path], path == last), default=None)
