@@ -241,11 +241,11 @@ class GRPOModule(BackboneStage):
 
     def judge(
         self, minibatches: list[list[Pack]], batch: dict[str, Any], step: int
-    ) -> tuple[Judgement, dict[str, float]]:
+    ) -> tuple[Judgement, dict[str, Any]]:
         """Ask the rewards; also figures for the curves."""
         size, settings = self.rollout.group_size, self.advantage
         clean = [sample for packs in minibatches for pack in packs for sample in pack.rollout.clean]
-        known = {name: batch[name] for name in ("captions", "metadata") if name in batch}
+        known: dict[str, Any] = {name: batch[name] for name in ("captions", "metadata") if name in batch}
         scores, groups = scored(self.rewards, self.codec, clean, repeated(known, size), size, step + 1)
         advantages = self.rewards.combined_advantages(scores, groups, settings.std, settings.clip)
         judged = [scores[reward.name].to(groups.device) for reward in self.rewards.weighing]
