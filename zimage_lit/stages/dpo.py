@@ -167,18 +167,20 @@ class DPOModule(BackboneStage):
         target = flow_matching.target_velocity(noise, winners) + flow_matching.target_velocity(noise, losers)
         settings = self.preference
         with self.snapshots["reference"].acting() as network:
-            reference = preference.denoising_errors(network(*inputs), target, settings.reduction).chunk(2)
+            seen = network(*inputs)
+        reference_winner, reference_loser = preference.denoising_errors(seen, target, settings.reduction).chunk(2)
         predicted = self.backbone(*inputs)
-        policy = preference.denoising_errors(predicted, target, settings.reduction).chunk(2)
-        loss, accuracy = preference.dpo_loss(*policy, *reference, settings.beta)
+        winner, loser = preference.denoising_errors(predicted, target, settings.reduction).chunk(2)
+        errors = winner, loser, reference_winner, reference_loser
+        loss, accuracy = preference.dpo_loss(*errors, settings.beta)
         anchor = flow_matching.loss(predicted[: len(winners)], target[: len(winners)])
         return {
             "loss": loss + settings.anchor * anchor,
             "preference_loss": loss.detach(),
             "implicit_accuracy": accuracy,
-            "margin": preference.preference_logit(*policy, *reference, settings.beta).detach(),
-            "winner_error": preference.relative_change(policy[0], reference[0]),
-            "loser_error": preference.relative_change(policy[1], reference[1]),
+            "margin": preference.preference_logit(*errors, settings.beta).detach(),
+            "winner_error": preference.relative_change(winner, reference_winner),
+            "loser_error": preference.relative_change(loser, reference_loser),
         }
 
     def times_and_noise(self, winners: list[Tensor], phase: str, step: int) -> tuple[Tensor, list[Tensor]]:
