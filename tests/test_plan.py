@@ -91,6 +91,8 @@ def test_what_an_experiment_leaves_open_may_stay_open_but_not_the_sizes(capsys: 
     assert code == 2 and "plan knows stages that train one network" in printed
     code, printed = plan(capsys, "z-image-6b/grpo")
     assert code == 2 and "a GRPOModule draws them" in printed
+    code, printed = plan(capsys, "z-image-6b/dpo")
+    assert code == 2 and "adds a third of the work" in printed
     code, printed = plan(capsys, *FINETUNE, "data.init_args.sizes=null")
     assert code == 2 and "data.init_args.sizes.resolution" in printed
 

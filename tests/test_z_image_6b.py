@@ -58,6 +58,7 @@ OWN = {
         "model.init_args.ratio=1",
         "trainer.callbacks.pickscore={class_path: zimage_lit.rewards.controls.JPEGSize}",
     ],
+    "dpo": [NOT_COMPILED, "data.init_args.sizes.resolution=64", "data.init_args.data_dir=data/pairs"],
     "grpo": [
         "trainer.callbacks.pickscore={class_path: zimage_lit.rewards.controls.JPEGSize, init_args: {name: pick_score}}",
         "trainer.callbacks.gold={class_path: zimage_lit.rewards.controls.Brightness}",
@@ -125,12 +126,26 @@ def write_pictures(folder: Path) -> None:
         (folder / f"{index:02d}.json").write_text(json.dumps({"captions": {"en": english, "zh": chinese}}))
 
 
+def write_pairs(pictures: Path) -> Path:
+    """A list of pairs of these pictures and their mirror images, with the metadata that `pairs` writes."""
+    lines = []
+    for index, name in enumerate(sorted(pictures.glob("*.png"))):
+        Image.open(name).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mirrored := name.with_suffix(".webp"))
+        pair = {"margin": (index + 1) / 16, "difficulty": index / 16}
+        lines.append({"winner": name.name, "loser": mirrored.name, "prompt": f"harbour {index}", "pair": pair})
+    path = pictures / "pairs.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """models/z-image, the published layout of small parts, data/pictures and data/prompts."""
+    """models/z-image, the published layout of small parts, data/pictures, data/pairs and data/prompts."""
     folder = tmp_path_factory.mktemp("workplace")
     write_pictures(folder / "pictures")
     prepare(PrepareSettings(str(folder / "pictures"), str(folder / "data/pictures"), min_side=32, num_workers=1))
+    pairs = write_pairs(folder / "pictures")
+    prepare(PrepareSettings(str(pairs), str(folder / "data/pairs"), min_side=32, num_workers=1))
     (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "{n} boats"}}\n' for n in range(8)))
     prepare(PrepareSettings(str(folder / "prompts.jsonl"), str(folder / "data/prompts"), num_workers=1))
     with torch.random.fork_rng():
@@ -173,8 +188,8 @@ def test_a_small_twin_goes_through_the_curriculum(workplace: Path) -> None:
         check_finished(workplace, stage)
 
 
-@pytest.mark.parametrize("stage", ["finetune", "lora"])
-def test_a_small_twin_is_fine_tuned(workplace: Path, stage: str) -> None:
+@pytest.mark.parametrize("stage", ["finetune", "lora", "dpo"])
+def test_a_small_twin_is_tuned(workplace: Path, stage: str) -> None:
     assert run(workplace, stage) == 0
     check_finished(workplace, stage)
 

@@ -31,6 +31,18 @@ NOT_GIVEN = "(not given)"  # stands for the values that an experiment leaves to 
 LONGEST_CAPTION = 512  # tokens: where the text encoder cuts
 # Where the folders of the frozen parts are not there: parameters of the published ones, kept in bfloat16.
 PUBLISHED = {"Qwen3TextEncoder": 4_022_000_000, "FluxVAECodec": 84_000_000, "codec_from": 84_000_000}
+NOT_PLANNED = {  # by the class of the stage: why not, and what to do
+    "DMDRModule": "plan knows stages that train one network, and a DMDRModule has up to three: with the student's "
+    "average they take 38 bytes a parameter in layout=copies, 22 in fake_lora and 2 in adapters (with "
+    "frozen_dtype=bfloat16), over all GPUs and before activations.",
+    "DPOModule": "plan knows stages with one forward a step, and a DPOModule asks its reference as well: plan a "
+    "FlowMatchingModule with as many packed tokens; to that the reference adds a third of the work (a quarter with "
+    "activation_checkpointing=full) and, without LoRA, 4 bytes a parameter over all GPUs (2 with "
+    "frozen_dtype=bfloat16).",
+    "GRPOModule": "plan knows stages that learn from the data's own pictures, and a GRPOModule draws them: training "
+    "holds as much as a fine-tune of the same lora on rollout.batch_size pictures (twice as many with guidance), and "
+    "without lora a copy of the network for each of method=nft and kl.",
+}
 Strategy = Literal["one device", "ddp", "fsdp2"]
 
 
@@ -79,18 +91,8 @@ def read_training(config: Mapping[str, Any], devices: int | None = None, caption
     trainer, model, data = config["trainer"], arguments(config["model"]), config["data"]
     if "backbone" not in model:
         raise UserError(f"{config['model']['class_path']} has no model.init_args.backbone: there is nothing to plan.")
-    if class_name(config["model"]) == "DMDRModule":
-        raise UserError(
-            "plan knows stages that train one network, and a DMDRModule has up to three: with the student's average "
-            "they take 38 bytes a parameter in layout=copies, 22 in fake_lora and 2 in adapters (with "
-            "frozen_dtype=bfloat16), over all GPUs and before activations."
-        )
-    if class_name(config["model"]) == "GRPOModule":
-        raise UserError(
-            "plan knows stages that learn from the data's own pictures, and a GRPOModule draws them: training holds as "
-            "much as a fine-tune of the same lora on rollout.batch_size pictures (twice as many with guidance), and "
-            "without lora a copy of the network for each of method=nft and kl."
-        )
+    if class_name(config["model"]) in NOT_PLANNED:
+        raise UserError(NOT_PLANNED[class_name(config["model"])])
     if model["backbone"] == NOT_GIVEN:
         raise UserError(
             "the backbone's sizes are those of a folder that is not given: name it, or plan with "

@@ -51,13 +51,24 @@ def check_text_to_image(names: Collection[str], stage: str, pictures: bool = Tru
         )
 
 
+def check_preference(names: Collection[str], stage: str) -> None:
+    """UserError where a batch, by its names, is not of pairs of pictures, one preferred, and their captions."""
+    if any(not {f"{role}s", f"{role}_latents"} & set(names) for role in ("winner", "loser")) or "captions" not in names:
+        raise UserError(
+            f"{stage} learns from winners and losers with captions, and the data give {', '.join(names)}: set "
+            "data.class_path to data_modules.PreferenceDataModule with such data, or name another stage."
+        )
+
+
 @torch.no_grad()
-def picture_latents(codec: LatentCodec, batch: Mapping[str, Any], device: torch.device) -> list[Tensor] | None:
-    """Latents (C, h, w) of a batch's pictures, None where it has none."""
-    if "image_latents" in batch:
-        latents: list[Tensor] = batch["image_latents"]
+def picture_latents(
+    codec: LatentCodec, batch: Mapping[str, Any], device: torch.device, role: str = "image"
+) -> list[Tensor] | None:
+    """Latents (C, h, w) of a batch's pictures of a role (image, winner, loser), None where it has none."""
+    if f"{role}_latents" in batch:
+        latents: list[Tensor] = batch[f"{role}_latents"]
         return latents
-    return encode_images(codec, batch["images"], device) if "images" in batch else None
+    return encode_images(codec, batch[f"{role}s"], device) if f"{role}s" in batch else None
 
 
 def encode_images(codec: LatentCodec, images: list[Tensor], device: torch.device) -> list[Tensor]:
