@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.benchmarks.geneval import TASKS, evaluate, filter_detections, relative_position, score, wilson_interval
+from evaluation.benchmarks.geneval import TASKS, evaluate, filter_detections, relative_position, score
+from evaluation.benchmarks.tally import wilson_interval
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = Path(os.environ.get("ZIMAGE_LIT_BENCHMARKS", ROOT.parent / "shared" / "benchmarks"))
