@@ -55,8 +55,7 @@ def prompts(data_dir: str | Path) -> list[dict[str, Any]]:
     """
     texts = _texts(data_dir)
     table = OFFICIAL.read_unchecked(data_dir, TABLE)
-    blob = hashlib.sha1(b"blob %d\0" % len(table) + table, usedforsecurity=False).hexdigest()
-    OFFICIAL.check(Path(data_dir) / TABLE, blob, TABLE_BLOB, "git blob id")
+    OFFICIAL.check(Path(data_dir) / TABLE, blob_id(table), TABLE_BLOB, "git blob id")
     found: dict[str, dict[str, Any]] = {}
     for line in csv.DictReader(io.StringIO(table.decode(), newline="")):
         item = line["item_id"]
@@ -168,6 +167,11 @@ def holding(dependency: Mapping[str, Sequence[int]], scores: Mapping[str, float]
 def category_of(about: str) -> str:
     """A question's category, "entity - whole" say, in what it asks about, "entity - whole (chair)"."""
     return about.split("(")[0].strip()
+
+
+def blob_id(data: bytes) -> str:
+    """The name that git gives to a file's contents."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _texts(data_dir: str | Path) -> dict[str, str]:
