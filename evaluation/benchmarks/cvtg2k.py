@@ -37,7 +37,6 @@ from evaluation.benchmarks.text import edit_distance
 SETS = ("CVTG", "CVTG-Style")
 AREAS = (2, 3, 4, 5)  # places with text that a prompt asks for
 COLUMNS = ("images", "words", "correct", "ned", "clip_images", "clip")
-IMAGES_PER_PROMPT = 1
 SIZE = 1024  # pixels a side
 SEED = 0
 CLIP_TEXT = "A photo depicts {prompt}"  # what CLIPScore compares a picture with
@@ -95,7 +94,8 @@ def score(records: Sequence[Mapping[str, Any]], mode: Mode = "official") -> dict
     same), `clip_score` (mean over pictures, if judged); `areas` and `subsets`: the word accuracy by number of places
     with text (both sets pooled, as papers print it), and by set and number; `images`, `prompts`, `words`;
     `records`: `total_words`, `correct_words` and `ned` (a number a word) of each, in order; and what
-    `tally.summarized` adds. Raises ValueError for an empty list, an unknown mode, and a record that lacks a field.
+    `tally.summarized` adds. Raises ValueError for an empty list, an unknown mode, and a record that lacks a field
+    or asks for no words.
     """
     return score_records("CVTG-2K", records, mode, count, summary)
 
@@ -133,6 +133,8 @@ def count(record: Mapping[str, Any], mode: Mode) -> Scored:
     require(record, *(("set", "area", "index") if "index" in record else ("prompt",)))
     require(record, "gt_words" if "gt_words" in record else "prompt")
     words = record["gt_words"] if "gt_words" in record else wanted_words(record["prompt"])
+    if not words:
+        raise ValueError("asks for no words: its prompt has none in single quotation marks.")
     read = [] if lost else read_words(record["ocr_lines"])
     correct = sum(word in read for word in words)
     ned = [0.0 if lost else likeness(word, read) for word in words]

@@ -26,6 +26,7 @@ from evaluation.benchmarks.tally import (
     Scored,
     Table,
     Tally,
+    check_questions,
     clustered,
     mean_of_prompts,
     mean_of_scores,
@@ -195,9 +196,7 @@ def _dependency(record: Mapping[str, Any], mode: Mode) -> dict[str, Sequence[int
     dependency = dict(record["dependency"])
     if dependency.keys() != record["tuples"].keys():
         raise ValueError("has tuples for other questions than its dependency has.")
-    for answers in record["answers"]:
-        if answers is not None and answers.keys() != dependency.keys():
-            raise ValueError("has answers to other questions than its dependency has.")
+    check_questions(dependency, record["answers"])
     if mode == "official" and record.get("item_id") == FIRST[0]:
         dependency.pop(FIRST[1], None)
     return dependency

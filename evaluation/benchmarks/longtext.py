@@ -69,7 +69,7 @@ def plan(prompts: Sequence[Mapping[str, Any]], size: int = 1024, seed: int = SEE
     """
     return [
         PlannedImage(
-            f"{prompt['mode']}/{prompt['prompt_id']:04d}",
+            f"{prompt['prompt_id']:04d}",
             image,
             prompt["prompt"],
             seed + image,

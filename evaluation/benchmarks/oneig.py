@@ -27,6 +27,7 @@ from evaluation.benchmarks.tally import (
     Scored,
     Table,
     Tally,
+    check_questions,
     clustered,
     exact,
     inexact,
@@ -110,7 +111,7 @@ def plan(
     """
     return [
         PlannedImage(
-            f"{prompt['language']}/{prompt['set']}/{prompt['id']}",
+            f"{prompt['set']}/{prompt['id']}",
             image,
             prompt["prompt"],
             seed + image,
@@ -244,11 +245,9 @@ def _text_row(record: Mapping[str, Any]) -> Row:
 
 def _count_alignment(record: Mapping[str, Any]) -> Scored:
     require(record, "set", "id", "dependency")
-    dependency = record["dependency"]
-    for answers in record["answers"]:
-        if answers is not None and answers.keys() != dependency.keys():
-            raise ValueError("has answers to other questions than its dependency has.")
-    held = [None if answers is None else aligned(dependency, answers) for answers in record["answers"]]
+    dependency, pictures = record["dependency"], record["answers"]
+    check_questions(dependency, pictures)
+    held = [None if answers is None else aligned(dependency, answers) for answers in pictures]
     shares = [(number or 0) / len(dependency) for number in held]
     counts = [
         Count(
@@ -268,6 +267,7 @@ def _count_text(record: Mapping[str, Any], mode: Mode) -> Scored:
     read = "" if lost else normalize(_read(record, mode))
     units, read_units = (wanted, read) if has_chinese(wanted) else (wanted.split(), read.split())
     match = common(units, read_units)
+    # a lost picture is as far off as counts: read as blank, it would score something for a short text
     edits = MAX_EDIT_DISTANCE[row[3]] if lost else edit_distance(read, wanted)
     complete = int(edits == 0)
     values = {"images": 1, "edits": edits, "complete": complete, "matched": match, "units": len(units)}

@@ -53,7 +53,7 @@ class OfficialFolder:
 class PlannedImage:
     """One picture that a benchmark asks for: what to draw, from which noise, and how its file is called."""
 
-    prompt_id: str  # of its prompt, also the folder of its own file: parts joined by "/"
+    prompt_id: str  # of its prompt, one in the benchmark and language; results name what is lost by it
     image: int  # which of its prompt's pictures, from 0
     prompt: str  # the text as the official file has it
     seed: int  # seed of the generator that its noise comes from,
@@ -65,7 +65,7 @@ class PlannedImage:
 
     @property
     def file(self) -> str:
-        """Its own lossless file: `<prompt id>/<image>.png`."""
+        """Its own lossless file, in a folder for the benchmark and language: `<prompt id>/<image>.png`."""
         return f"{self.prompt_id}/{self.image}.png"
 
 
@@ -75,7 +75,7 @@ def cells(columns: int, number: int) -> Iterator[tuple[int, int]]:
 
 
 def language_of(benchmark: str, language: str) -> str:
-    """ "en" or "zh", whatever the case it is written in; UserError for anything else."""
+    """The language in small letters; UserError for any but "en" and "zh"."""
     if language.lower() not in ("en", "zh"):
         raise UserError(f"{benchmark} comes in the languages en and zh, not {language!r}.")
     return language.lower()

@@ -143,6 +143,16 @@ def require(record: Mapping[str, Any], *fields: str) -> None:
             raise ValueError(f"has no {field!r}: give {', '.join(fields)}.")
 
 
+def check_questions(dependency: Mapping[str, Any], answers: Iterable[Mapping[str, Any] | None]) -> None:
+    """ValueError for questions that are not numbered by strings, and for answers to other questions."""
+    for question in dependency:
+        if not isinstance(question, str):
+            raise ValueError(f"has question {question!r} by a number: name it by a string, as in the official files.")
+    for given in answers:
+        if given is not None and given.keys() != dependency.keys():
+            raise ValueError("has answers to other questions than its dependency has.")
+
+
 def clustered(
     clusters: Sequence[Sequence[float]],
     statistic: Callable[[Sequence[float]], float],

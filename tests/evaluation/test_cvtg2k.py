@@ -122,7 +122,12 @@ def test_clip_scores_are_averaged_over_pictures_and_come_for_all_or_none():
 
 @pytest.mark.parametrize(
     ("records", "message"),
-    [([], "nothing to score"), ([{"prompt": "'a'"}], "record 0 has no 'ocr_lines'"), ([{"ocr_lines": []}], "'prompt'")],
+    [
+        ([], "nothing to score"),
+        ([{"prompt": "'a'"}], "record 0 has no 'ocr_lines'"),
+        ([{"ocr_lines": []}], "'prompt'"),
+        ([record(), {"prompt": "a", "ocr_lines": []}], "record 1 asks for no words"),
+    ],
 )
 def test_records_that_cannot_be_scored_are_named(records, message):
     with pytest.raises(ValueError, match=message):

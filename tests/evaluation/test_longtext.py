@@ -70,7 +70,7 @@ def test_an_absent_file_and_an_unknown_language_are_named(tmp_path):
 def test_four_pictures_a_prompt_named_by_the_prompts_own_number():
     planned = plan([{"mode": "zh", "prompt_id": 192, "prompt": "海报"}], size=1152)
     assert [picture.official_file for picture in planned] == [f"0192_{i}.png" for i in (1, 2, 3, 4)]
-    assert [picture.file for picture in planned] == [f"zh/0192/{i}.png" for i in range(4)]
+    assert [picture.file for picture in planned] == [f"0192/{i}.png" for i in range(4)]
     assert len({picture.seed for picture in planned}) == 4 and {picture.width for picture in planned} == {1152}
 
 

@@ -89,7 +89,7 @@ def test_four_pictures_a_prompt_in_a_grid_of_two_rows_of_two():
     planned = plan([prompt], model="mine")
     assert {picture.official_file for picture in planned} == {"images/human/mine/012.webp"}
     assert [picture.cell for picture in planned] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert [picture.file for picture in planned] == [f"en/human/012/{i}.png" for i in range(4)]
+    assert [picture.file for picture in planned] == [f"human/012/{i}.png" for i in range(4)]
     assert len({picture.seed for picture in planned}) == 4
 
 
@@ -190,6 +190,7 @@ def test_a_lost_picture_scores_nothing_in_any_dimension_and_is_counted_once():
         ([{"set": "anime", "id": "000"}], "record 0 has nothing judged"),
         ([alignment(["Yes", "Yes"]) | {"answers": [{"1": "Yes"}]}], "other questions"),
         ([{"id": "1", "similarities": []}], "no pictures"),
+        ([{"set": "anime", "id": "0", "dependency": {1: [0]}, "answers": [{1: "Yes"}]}], "question 1 .*string"),
         ([{"set": "text", "id": "1", "distances": [0.1, 0.2]}], "2 distances"),
         ([{"id": "1", "similarities": [float("nan")]}], "record 0 .*nan is no score"),
     ],
