@@ -103,10 +103,11 @@ def score(records: Sequence[Mapping[str, Any]], mode: Mode = "official") -> dict
     Returns `overall` (the mean over prompts of the share of questions that hold, in [0, 1]; papers print it times 100)
     with `ci_low`, `ci_high`; `scores`: `dpg`, the same; `categories` and `subcategories`: the share of their questions
     that hold, all prompts pooled (`global`, `entity`, …; `entity - whole`, …); each with score, n, ci_low, ci_high;
-    `images`, `prompts`; `dropped`: prompts that the original's fault leaves out; `records`: `per_image` (shares),
-    `score` (their mean) and `category_scores_used` (question -> what the categories' scores are made of) of each, in
-    order; and what `tally.summarized` adds. Raises ValueError for an empty list, an unknown mode, a record that lacks a
-    field and, in mode `fixed`, a question that depends on one which is not there.
+    `images`, `prompts`; `dropped`: prompts that the original's fault leaves out (where it leaves none, `overall` is
+    None); `records`: `per_image` (shares), `score` (their mean) and `category_scores_used` (question -> what the
+    categories' scores are made of) of each, in order; and what `tally.summarized` adds. Raises ValueError for an empty
+    list, an unknown mode, a record that lacks a field and, in mode `fixed`, a question that depends on one which is not
+    there.
     """
     return score_records("DPG-Bench", records, mode, count, summary)
 
@@ -224,9 +225,8 @@ def _values(scores: Iterable[float]) -> dict[str, int]:
 
 def _scores(table: Table) -> dict[str, Any]:
     prompts = {row: values for row, values in table.items() if row[0] == "prompt"}
-    if not prompts:
-        raise ValueError("DPG-Bench has nothing to score: mode official drops every prompt that there is.")
-    dpg = mean_of_prompts([values["correct"] / values["asked"] for values in prompts.values()])
+    shares = [values["correct"] / values["asked"] for values in prompts.values()]
+    scores = {"dpg": mean_of_prompts(shares)} if shares else {}  # none where all that there is has been dropped
     categories: dict[str, dict[str, list[int]]] = {}  # category -> prompt -> right, asked
     subcategories: dict[str, dict[str, list[int]]] = {}
     for row, values in table.items():
@@ -236,8 +236,8 @@ def _scores(table: Table) -> dict[str, Any]:
                 sums[0] += values["correct"]
                 sums[1] += values["asked"]
     return {
-        **mean_of_scores([dpg]),
-        "scores": {"dpg": dpg},
+        **(mean_of_scores(list(scores.values())) if scores else dict.fromkeys(("overall", "ci_low", "ci_high"))),
+        "scores": scores,
         "categories": {name: _share(list(group.values())) for name, group in categories.items()},
         "subcategories": {name: _share(list(group.values())) for name, group in subcategories.items()},
         "images": sum(values["images"] for values in prompts.values()),

@@ -81,8 +81,13 @@ def test_the_lost_row_is_only_missed_where_no_earlier_parent_has_failed():
     failing = record(["yes", "no", "yes"], item="partiprompts97", dependency=dependency)
     asking = record(["yes", "yes", "yes"], item="partiprompts97", dependency=dependency)
     assert score([failing], "official")["records"][0]["score"] == 0.0
-    with pytest.raises(ValueError, match="drops every prompt"):
-        score([asking], "official")
+    result = score([asking], "official")
+    assert result["overall"] is None and result["dropped"] == ["partiprompts97"]
+
+
+def test_what_would_be_scored_without_the_lost_pictures_may_be_nothing_but_a_dropped_prompt():
+    result = score([record(["yes", "yes"], item="partiprompts97"), record(None, None)], "official")
+    assert result["overall"] == 0 and result["lost"]["scores_if_skipped"] == {}
 
 
 def test_official_categories_are_of_the_last_picture_and_unfiltered_and_fixed_of_all_and_filtered():
