@@ -1,1 +1,1 @@
-"""One module a benchmark; each has a pure function `score(records, mode)` that runs without any model."""
+"""One module a benchmark: `prompts(data_dir)`, `plan(prompts)` and a pure `score(records, mode)` without any model."""

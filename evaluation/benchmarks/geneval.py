@@ -4,16 +4,30 @@ Rule scoring only: plain dicts in, plain dicts out. The detections come from a j
 the benchmark's own detector and colour classifier, or TinyWorld's verifier. Rules as published with the benchmark
 (djghosh13/geneval, evaluate_images.py and summary_scores.py; Ghosh et al. 2023, section 3).
 
-Modes. The published rules have no known fault, so both modes judge every picture alike and give the same accuracies.
-The modes differ in the intervals alone, which the original does not report: `official` takes all pictures as
-independent; `fixed` takes the pictures of one prompt as a cluster, because they succeed and fail together.
+Modes. The published rules have no known fault, so both modes judge every picture alike and give the same result.
 """
 
 import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from pathlib import Path
+from typing import Any
+
+from evaluation.benchmarks.protocol import OfficialFolder, PlannedImage
+from evaluation.benchmarks.tally import (
+    Count,
+    Mode,
+    Row,
+    Scored,
+    Table,
+    Tally,
+    clustered,
+    mean_of_scores,
+    require,
+    score_records,
+    summarized,
+)
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -23,17 +37,47 @@ COUNTING_THRESHOLD = 0.9  # and above this one where the prompt is about a numbe
 MAX_OBJECTS = 16  # of one class
 POSITION_MARGIN = 0.1  # share of both objects' sizes by which their centres must be apart
 POSITION_AXIS = 0.5  # sine of the angle off the axis beyond which a relation also holds along the other axis
-_Z95 = 1.959963984540054  # standard normal quantile of a 95 % interval
-
-Mode = Literal["official", "fixed"]
+COLUMNS = ("images", "correct")
+IMAGES_PER_PROMPT = 4
+SEED = 42  # set anew before each prompt
+OFFICIAL = OfficialFolder(
+    "GenEval",
+    "https://github.com/djghosh13/geneval (prompts/, commit af4902f)",
+    {"evaluation_metadata.jsonl": "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"},
+)
 Box = Sequence[float]
 
 
-class Verdict(TypedDict):
-    """Judgement of one picture; `reason` is empty when it is correct, else one line for each broken clause."""
+def prompts(data_dir: str | Path) -> list[dict[str, Any]]:
+    """The 553 prompts of evaluation_metadata.jsonl under `data_dir`: {"index", "prompt", "metadata"}, as records have.
 
-    correct: bool
-    reason: str
+    UserError when the file is absent or altered.
+    """
+    lines = OFFICIAL.read(data_dir, "evaluation_metadata.jsonl").decode().splitlines()
+    metadata = [json.loads(line) for line in lines]
+    OFFICIAL.check_number(data_dir, len(metadata), 553)
+    return [{"index": i, "prompt": line["prompt"], "metadata": line} for i, line in enumerate(metadata)]
+
+
+def plan(prompts: Sequence[Mapping[str, Any]], size: int = 1024, seed: int = SEED) -> list[PlannedImage]:
+    """The pictures to draw: four a prompt, square with `size` pixels a side (the protocol: the model's native size).
+
+    Their noises are drawn one after the other from one generator, seeded anew with `seed` for every prompt.
+    """
+    return [
+        PlannedImage(
+            f"{prompt['index']:05d}",
+            image,
+            prompt["prompt"],
+            seed,
+            image,
+            size,
+            size,
+            f"{prompt['index']:05d}/samples/{image:04d}.png",
+        )
+        for prompt in prompts
+        for image in range(IMAGES_PER_PROMPT)
+    ]
 
 
 def score(records: Sequence[Mapping[str, Any]], mode: Mode = "official") -> dict[str, Any]:
@@ -41,44 +85,45 @@ def score(records: Sequence[Mapping[str, Any]], mode: Mode = "official") -> dict
 
     `metadata` is a line of the benchmark's evaluation_metadata.jsonl: "tag", "include" clauses ("class", "count",
     "color"?, "position"? = [relation, index of the reference clause]), "exclude"?, "prompt". `box` is
-    (x1, y1, x2, y2, score) in pixels, score in [0, 1]; `color` the classifier's word for that object, or None.
+    (x1, y1, x2, y2, score) in pixels, score in [0, 1]; `color` the classifier's word for that object, or None. A
+    missing or broken picture has "lost", the reason, in place of "detections": it is wrong, and counted. "index", the
+    number of the metadata's line, is optional and names the prompt.
 
     Returns `overall` (unweighted mean of the task accuracies, over the tasks that occur) with `ci_low`, `ci_high`;
     `tasks`: tag -> accuracy, n, ci_low, ci_high; `images_correct` and `prompts_correct` (a prompt is right when any of
-    its pictures is), as shares; `images`, `prompts` (counts); `records`: a Verdict each, in order; `mode`; `interval`,
-    the name of the 95 % intervals. Shares lie in [0, 1]. Raises ValueError for an empty list, an unknown tag, mode or
-    relation, and a record that lacks a field.
+    its pictures is), as shares; `images`, `prompts` (counts); `records`: `correct` and `reason` (empty when it is
+    correct, else one line for each broken clause) of each, in order; and what `tally.summarized` adds. Shares lie in
+    [0, 1]. Raises ValueError for an empty list, an unknown tag, mode or relation, and a record that lacks a field.
     """
-    if mode not in ("official", "fixed"):
-        raise ValueError(f"GenEval scores in mode official or fixed, not {mode!r}.")
-    if not records:
-        raise ValueError("GenEval has nothing to score: the list of records is empty.")
-    for i, record in enumerate(records):
-        _check(i, record)
-    verdicts = [evaluate(record["metadata"], record["detections"]) for record in records]
-    by_prompt: dict[str, list[bool]] = defaultdict(list)
-    by_task: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    for record, verdict in zip(records, verdicts, strict=True):
-        prompt = json.dumps(record["metadata"], sort_keys=True, ensure_ascii=False)
-        by_prompt[prompt].append(verdict["correct"])
-        by_task[record["metadata"]["tag"]][prompt].append(verdict["correct"])
-    clustered = mode == "fixed"
-    tasks = {tag: _task_score(list(by_task[tag].values()), clustered) for tag in TASKS if tag in by_task}
-    return {
-        "benchmark": "geneval",
-        "mode": mode,
-        **_overall_score(list(tasks.values())),
-        "tasks": tasks,
-        "images_correct": sum(verdict["correct"] for verdict in verdicts) / len(verdicts),
-        "prompts_correct": sum(any(images) for images in by_prompt.values()) / len(by_prompt),
-        "images": len(verdicts),
-        "prompts": len(by_prompt),
-        "interval": "95 % Wilson, clustered by prompt" if clustered else "95 % Wilson, images independent",
-        "records": verdicts,
-    }
+    return score_records("GenEval", records, mode, count, summary)
 
 
-def evaluate(metadata: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> Verdict:
+def rows(prompt: Mapping[str, Any]) -> list[Row]:
+    """The row of a prompt in the counts: its task, and its number or, without one, its metadata."""
+    metadata = prompt["metadata"]
+    name = f"{prompt['index']:05d}" if "index" in prompt else json.dumps(metadata, sort_keys=True, ensure_ascii=False)
+    return [(metadata["tag"], name)]
+
+
+def count(record: Mapping[str, Any], mode: Mode) -> Scored:
+    """One record's verdict, and what it adds to the counts."""
+    _check(record)
+    (row,) = rows(record)
+    verdict: dict[str, Any]
+    if "lost" in record:
+        verdict = {"correct": False, "reason": f"lost: {record['lost']}"}
+    else:
+        verdict = evaluate(record["metadata"], record["detections"])
+    values = {"images": 1, "correct": int(verdict["correct"])}
+    return Scored(verdict, [Count(row, values, lost="lost" in record)])
+
+
+def summary(tally: Tally, mode: Mode) -> dict[str, Any]:
+    """The result, less the records' verdicts, of raw counts (see `score`)."""
+    return summarized("geneval", mode, tally, _scores)
+
+
+def evaluate(metadata: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Judges one picture by the rules: every include clause must be met, no exclude clause may be.
 
     Clauses are met in order: the best `count` detections of the class; if a colour is named, all of them in it; if a
@@ -174,69 +219,43 @@ def _broken_position(
     return ""
 
 
-def _check(index: int, record: Mapping[str, Any]) -> None:
-    """ValueError, naming the record, for what would otherwise be scored wrongly or fail far from its cause."""
-    missing = [key for key in ("metadata", "detections") if key not in record]
-    if missing:
-        raise ValueError(f"GenEval record {index} has no {missing[0]!r}: give metadata and detections for every image.")
+def _check(record: Mapping[str, Any]) -> None:
+    """ValueError for what would otherwise be scored wrongly or fail far from its cause."""
+    require(record, "metadata", "detections" if "lost" not in record else "metadata")
     metadata = record["metadata"]
     if metadata.get("tag") not in TASKS:
-        raise ValueError(
-            f"GenEval record {index} has the tag {metadata.get('tag')!r}: it must be one of {', '.join(TASKS)}."
-        )
+        raise ValueError(f"has the tag {metadata.get('tag')!r}: it must be one of {', '.join(TASKS)}.")
     if not metadata.get("include"):
-        raise ValueError(
-            f"GenEval record {index} has no include clauses: take the metadata from the benchmark's own file."
-        )
+        raise ValueError("has no include clauses: take the metadata from the benchmark's own file.")
     for position, clause in enumerate(metadata["include"]):
         relation, reference = clause.get("position", ("above", 0))
         if relation not in RELATIONS or ("position" in clause and not 0 <= reference < position):
             raise ValueError(
-                f"GenEval record {index} has the position {clause['position']}: give one of {', '.join(RELATIONS)}, "
-                "and the number of an earlier clause."
+                f"has the position {clause['position']}: give one of {', '.join(RELATIONS)}, and the number of an "
+                "earlier clause."
             )
-    for detection in record["detections"]:
+    for detection in record.get("detections", ()):
         if not {"cls", "box", "color"} <= detection.keys() or len(detection["box"]) != 5:
-            raise ValueError(
-                f"GenEval record {index} has a detection without cls, color and box (x1, y1, x2, y2, score)."
-            )
+            raise ValueError("has a detection without cls, color and box (x1, y1, x2, y2, score).")
 
 
-def _task_score(prompts: Sequence[Sequence[bool]], clustered: bool) -> dict[str, float | int]:
-    """Accuracy over the images of a task and its interval; one inner list a prompt."""
-    images = [correct for prompt in prompts for correct in prompt]
-    accuracy = sum(images) / len(images)
-    low, high = wilson_interval(accuracy, _effective_number(prompts) if clustered else len(images))
-    return {"accuracy": accuracy, "n": len(images), "ci_low": low, "ci_high": high}
+def _scores(table: Table) -> dict[str, Any]:
+    by_task = {tag: [values for row, values in table.items() if row[0] == tag] for tag in TASKS}
+    scores = {tag: _accuracy(counts) for tag, counts in by_task.items() if counts}
+    images = sum(values["images"] for values in table.values())
+    return {
+        **mean_of_scores(list(scores.values())),
+        "scores": scores,
+        "tasks": {tag: {"accuracy": task["score"], **task} for tag, task in scores.items()},
+        "images_correct": sum(values["correct"] for values in table.values()) / images,
+        "prompts_correct": sum(values["correct"] > 0 for values in table.values()) / len(table),
+        "images": images,
+        "prompts": len(table),
+    }
 
 
-def wilson_interval(share: float, number: float) -> tuple[float, float]:
-    """95 % Wilson score interval of a share seen in `number` independent draws (Wilson 1927)."""
-    squared = _Z95**2 / number
-    centre = (share + squared / 2) / (1 + squared)
-    half = math.sqrt(squared * (share * (1 - share) + squared / 4)) / (1 + squared)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
-def _effective_number(prompts: Sequence[Sequence[bool]]) -> float:
-    """How many independent images a task's images are worth: their number over the design effect of prompts as
-    clusters.
-
-    The design effect is the ratio estimator's clustered variance over the binomial one, not below 1 (Kish 1965, chapter
-    5). With one prompt, or all images alike, it cannot be estimated and is taken as 1.
-    """
-    number = sum(len(prompt) for prompt in prompts)
-    accuracy = sum(sum(prompt) for prompt in prompts) / number
-    if len(prompts) < 2 or accuracy in (0, 1):
-        return number
-    residuals = sum((sum(prompt) - accuracy * len(prompt)) ** 2 for prompt in prompts)
-    clustered = residuals / number**2 * len(prompts) / (len(prompts) - 1)
-    return number / max(clustered / (accuracy * (1 - accuracy) / number), 1.0)
-
-
-def _overall_score(tasks: Sequence[Mapping[str, float | int]]) -> dict[str, float]:
-    """Unweighted mean of the tasks; its interval squares and adds the tasks' own half widths (Newcombe's MOVER)."""
-    overall = sum(task["accuracy"] for task in tasks) / len(tasks)
-    below = math.sqrt(sum((task["accuracy"] - task["ci_low"]) ** 2 for task in tasks)) / len(tasks)
-    above = math.sqrt(sum((task["ci_high"] - task["accuracy"]) ** 2 for task in tasks)) / len(tasks)
-    return {"overall": overall, "ci_low": max(overall - below, 0.0), "ci_high": min(overall + above, 1.0)}
+def _accuracy(counts: Sequence[Mapping[str, int]]) -> dict[str, float | int]:
+    """The share of a task's images that are correct, with its interval."""
+    images = sum(row["images"] for row in counts)
+    pairs = [(row["correct"], row["images"]) for row in counts]
+    return clustered(pairs, lambda sums: sums[0] / sums[1], images, at_most=images)

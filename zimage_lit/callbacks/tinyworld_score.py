@@ -16,6 +16,7 @@ from data_modules.tinyworld.prepare import checked_canvases
 from data_modules.tinyworld.verifier import judge
 from data_modules.tinyworld.world import Size, heldout_prompts
 from evaluation.benchmarks import geneval
+from evaluation.benchmarks.tally import wilson_interval
 from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures, joins_in_drawing
 from zimage_lit.callbacks.schedule import Scheduled
 from zimage_lit.errors import UserError, at_least_one
@@ -154,7 +155,7 @@ def summarise(records: list[dict[str, Any]], step: int) -> tuple[dict[str, Any],
     words = [record for record in records if record["metadata"]["tag"] == "word"]
     scored = geneval.score(objects, mode="fixed")
     word_accuracy = sum(record["correct"] for record in words) / len(words)
-    low, high = geneval.wilson_interval(word_accuracy, len(words))
+    low, high = wilson_interval(word_accuracy, len(words))
     summary = {
         "step": step,
         "overall": {"accuracy": scored["overall"], "ci_low": scored["ci_low"], "ci_high": scored["ci_high"]},
