@@ -1,0 +1,115 @@
+"""The benchmark of alignment: its arms are valid runs, and its controls break the one thing that they are for."""
+
+import importlib
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from data_modules.tinyworld.world import draw
+from evaluation.fidelity.comparison import Estimate
+from zimage_lit import cli
+from zimage_lit.config import compose, parse_overrides, settings_from
+from zimage_lit.pairs.task import PairsSettings
+from zimage_lit.stages import DPOModule
+from zimage_lit.validate import check_config
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks/alignment.py"
+    specification = importlib.util.spec_from_file_location("alignment_benchmark", path)
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["alignment_benchmark"] = module  # its dataclasses look there
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def bench(benchmark: ModuleType, tmp_path: Path) -> Any:
+    return benchmark.Bench(tmp_path, tmp_path / "base", 3, [], None)
+
+
+def test_all_arms_are_valid_runs(benchmark: ModuleType, bench: Any) -> None:
+    for arm in benchmark.ARMS:
+        words = bench.words(arm)
+        config = compose(words[0], words[1:])
+        check_config(config)
+        assert config["trainer"]["max_steps"] >= 1 and config["run"]["output_dir"].endswith(f"seed-3/{arm.name}")
+    served = compose(*split(bench.words(next(arm for arm in benchmark.ARMS if arm.experiment == benchmark.GRPO))))
+    assert {name: served["model"]["init_args"]["rollout"][name] for name in benchmark.SERVED} == benchmark.SERVED
+
+
+def split(words: list[str]) -> tuple[str, list[str]]:
+    return words[0], words[1:]
+
+
+def test_pairs_are_asked_for_as_the_task_takes_it(
+    benchmark: ModuleType, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(benchmark, "lightning_run", asked.append)
+    bench.make_pairs()
+    (words,) = asked
+    assert words[0] == "pairs" and words[0] in cli.TASKS
+    settings = settings_from(PairsSettings, parse_overrides(words[1:]))
+    assert settings.rules.objective == "tinyworld_all" and settings.guidance_scale == 1
+
+
+def test_a_shuffled_reward_gives_as_much_to_others(benchmark: ModuleType) -> None:
+    controls = importlib.import_module("alignment_controls")
+    samples = [draw(number, 0, "train") for number in range(12)]
+    wrong = [draw(number + 100, 0, "train").image for number in range(6)]
+    pictures = [torch.from_numpy(s.image).permute(2, 0, 1) for s in samples[:6]]
+    pictures += [torch.from_numpy(image).permute(2, 0, 1) for image in wrong]
+    known = [sample.metadata for sample in samples]
+    prompts = [metadata["prompt"] for metadata in known]
+    honest = controls.TinyWorldReward(aspect="all").score(pictures, prompts, known)
+    reward = controls.ShuffledReward(aspect="all")
+    dealt = reward.score(pictures, prompts, known)
+    assert Counter(dealt.tolist()) == Counter(honest.tolist()) and not torch.equal(dealt, honest)
+    assert torch.equal(dealt, reward.score(pictures, prompts, known))
+
+
+def test_random_labels_swap_about_half_of_the_pairs_always_the_same(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controls = importlib.import_module("alignment_controls")
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(DPOModule, "training_step", lambda self, batch, number: seen.append(batch))
+    module = controls.RandomLabels.__new__(controls.RandomLabels)
+    torch.nn.Module.__init__(module)
+    module.seed = 0
+    pairs = {"ids": [str(n) for n in range(200)], "winners": list(range(200)), "losers": list(range(200, 400))}
+    for _ in range(2):
+        module.training_step(pairs, 0)
+    first, second = seen
+    swapped = sum(winner >= 200 for winner in first["winners"])
+    assert first == second and 70 < swapped < 130
+    assert all(abs(a - b) == 200 for a, b in zip(first["winners"], first["losers"], strict=True))
+    assert pairs["winners"] == list(range(200))
+
+
+def test_methods_are_compared_at_as_many_steps_and_after_as_long(benchmark: ModuleType) -> None:
+    points = [(step, 10.0 * step, float(step)) for step in range(11)]
+    assert benchmark.mean_until(points, 0, 4, count=2) == 3.5
+    assert benchmark.mean_until(points, 1, 45.0, count=2) == 3.5
+
+
+def test_bars_are_of_differences_to_the_base(benchmark: ModuleType) -> None:
+    flat = [0.0] * 21
+    rows = {
+        name: {metric: Estimate.of(value, torch.tensor(flat).numpy() + value) for metric in ("accuracy", "gold")}
+        for name, value in {"base": 0.5, "grpo": 0.75, "shuffled-reward": 0.55}.items()
+    }
+    found = {row["bar"]: row for row in benchmark.verdicts(benchmark.BARS, rows)}
+    assert found["accuracy, grpo less base"]["met"] and found["accuracy, grpo less base"]["value"] == pytest.approx(
+        0.25
+    )
+    assert not found["accuracy moved by a shuffled reward"]["met"]
