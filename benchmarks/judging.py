@@ -165,7 +165,8 @@ def real_pictures(pipeline: Path, judges: Judges, first: int = 0) -> PictureSet:
 def overall(right: np.ndarray, wanted: Sequence[str] = GENEVAL_TASKS) -> Estimate:
     """GenEval's overall score: the mean over the tasks of the share of right pictures; of `wanted` alone."""
     tasks = np.array([metadata["tag"] for metadata in statements()])
-    shares = right.reshape(len(tasks), PICTURES).mean(axis=1)
+    asked_for = np.isin(tasks, wanted)  # so that no resample is without a statement
+    tasks, shares = tasks[asked_for], right.reshape(len(tasks), PICTURES).mean(axis=1)[asked_for]
 
     def mean(weights: np.ndarray) -> float:
         parts = [(tasks == task, weights[tasks == task]) for task in wanted]

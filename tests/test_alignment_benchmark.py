@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,3 +114,12 @@ def test_bars_are_of_differences_to_the_base(benchmark: ModuleType) -> None:
         0.25
     )
     assert not found["accuracy moved by a shuffled reward"]["met"]
+
+
+def test_the_score_of_one_task_has_an_interval(benchmark: ModuleType) -> None:
+    judging = benchmark.judging
+    tags = np.array([metadata["tag"] for metadata in judging.asked()])
+    right = (tags == "counting") & (np.arange(len(tags)) % 2 == 0)
+    counting, everything = judging.overall(right, ["counting"]), judging.overall(right)
+    assert counting.value == pytest.approx(0.5) and not np.isnan([counting.low, counting.high]).any()
+    assert everything.value == pytest.approx(0.5 / len(judging.GENEVAL_TASKS))
