@@ -34,7 +34,10 @@ class Ranks:
             assert fine, f"rank {rank}: {answer}"
         return [answer for _, answer in answers]
 
-    def close(self) -> None:
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         for process in self.processes:
             process.kill()
             process.join()

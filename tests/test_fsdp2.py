@@ -172,17 +172,9 @@ def means(watches: list[Seen]) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def pair():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
 def single():
-    ranks = Ranks(1)
-    yield ranks
-    ranks.close()
+    with Ranks(1) as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,6 @@ def errors(folder: Path, words: list[str]) -> list[str]:
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_one_sentence(folder: Path, words: list[str], message: str) -> None:
-    one = Ranks(1)
-    ((line,),) = one(errors, folder, words)
-    one.close()
+    with Ranks(1) as one:
+        ((line,),) = one(errors, folder, words)
     assert message in line

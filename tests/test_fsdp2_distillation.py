@@ -23,13 +23,6 @@ from zimage_lit.strategies import FSDP2Strategy
 
 
 @pytest.fixture(scope="module")
-def pair():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_teacher(tmp_path_factory.mktemp("teacher") / "transformer")
 

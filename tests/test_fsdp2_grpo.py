@@ -7,7 +7,6 @@ import pytest
 import torch
 from distillation import same, write_teacher
 from policies import Seen, fit, is_number, stage
-from ranks import Ranks
 from torch.distributed.tensor import DTensor
 
 from zimage_lit.backbone.parallelize import ParallelizeSettings
@@ -23,13 +22,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "nft": {},
     "nft-lora": {"lora": LoRASettings(rank=4), "kl": PenaltySettings(0.1)},
 }
-
-
-@pytest.fixture(scope="module")
-def pair():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from distillation import same, write_teacher
 from pairs_of_pictures import Data, Seen, Stage, fit, pairs_of, settings_of
-from ranks import Ranks
 from torch.distributed.tensor import DTensor
 
 from zimage_lit.callbacks.preference_guard import PreferenceGuard
@@ -30,13 +29,6 @@ def check_together(found: dict[str, Any], expected: dict[str, Any]) -> None:
         if name.startswith(("weights.", "average.")):
             apart = float((found[name] - value).abs().mean())
             assert apart < 0.01 * SLOWLY.lr, (name, apart)
-
-
-@pytest.fixture(scope="module")
-def pair():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
-from ranks import Ranks
 
 from zimage_lit.callbacks.checkpoint import RunCheckpoint
 from zimage_lit.callbacks.ema import EMA
@@ -220,12 +219,8 @@ def train_rank(folder: Path) -> None:
     torch.save({"history": module.history, "skipped": guard.skipped, "spikes": guard.spikes}, folder / f"{rank}.pt")
 
 
-def test_on_two_ranks_both_skip_and_the_one_at_fault_is_named(tmp_path):
-    ranks = Ranks(2)
-    try:
-        ranks(train_rank, tmp_path)
-    finally:
-        ranks.close()
+def test_on_two_ranks_both_skip_and_the_one_at_fault_is_named(pair, tmp_path):
+    pair(train_rank, tmp_path)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for result in results:
         assert result["skipped"] == result["spikes"] == 1

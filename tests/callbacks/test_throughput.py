@@ -7,7 +7,6 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
-from ranks import Ranks
 
 from zimage_lit.backbone import S3DiT, S3DiTConfig
 from zimage_lit.backbone.flops import TrainingWork, forward_flops
@@ -193,9 +192,5 @@ def train_rank(folder: Path) -> None:
         assert {name: value[name] for name in expected} == pytest.approx(expected)
 
 
-def test_two_ranks_are_summed_over_the_time_of_the_slower(tmp_path):
-    ranks = Ranks(2)
-    try:
-        ranks(train_rank, tmp_path)
-    finally:
-        ranks.close()
+def test_two_ranks_are_summed_over_the_time_of_the_slower(pair, tmp_path):
+    pair(train_rank, tmp_path)

@@ -9,7 +9,6 @@ import time
 import pytest
 import torch
 from benchmark_files import ROOT
-from ranks import Ranks
 
 from evaluation.benchmarks import cvtg2k, dpg, geneval, longtext, oneig
 from evaluation.benchmarks.metric import BenchmarkMetric
@@ -138,14 +137,10 @@ def result_on_a_rank(name):
     return metric.compute()
 
 
-def test_ranks_do_not_change_a_digit():
-    ranks = Ranks(2)
-    try:
-        for name, module in MODULES.items():
-            expected = without_records(module.score(records_of(name)))
-            assert ranks(result_on_a_rank, name) == [expected, expected], name
-    finally:
-        ranks.close()
+def test_ranks_do_not_change_a_digit(pair):
+    for name, module in MODULES.items():
+        expected = without_records(module.score(records_of(name)))
+        assert pair(result_on_a_rank, name) == [expected, expected], name
 
 
 def test_the_state_is_whole_numbers_and_does_not_grow_with_the_pictures():
