@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -101,6 +102,20 @@ def test_methods_are_compared_at_as_many_steps_and_after_as_long(benchmark: Modu
     points = [(step, 10.0 * step, float(step)) for step in range(11)]
     assert benchmark.mean_until(points, 0, 4, count=2) == 3.5
     assert benchmark.mean_until(points, 1, 45.0, count=2) == 3.5
+    assert math.isnan(benchmark.mean_until(points, 0, -1))
+
+
+def test_seconds_are_those_of_work(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"rollout": 2.0, "reward": 0.5, "update": 1.5}
+    logged = {
+        "reward/tinyworld_all": [(1, 0.5), (3, 0.7)],
+        **{
+            f"time/{part}_seconds": [(1, spent), (3, 2 * spent)]
+            for part, spent in {"rollout": 2.0, "reward": 0.5, "update": 1.5}.items()
+        },
+    }
+    monkeypatch.setattr(benchmark, "curve", lambda output, metric: logged[metric])
+    assert benchmark.rewards_over_time(Path()) == [(1, 8.0, 0.5), (3, 24.0, 0.7)]
 
 
 def test_bars_are_of_differences_to_the_base(benchmark: ModuleType) -> None:
