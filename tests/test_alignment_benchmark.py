@@ -106,14 +106,9 @@ def test_methods_are_compared_at_as_many_steps_and_after_as_long(benchmark: Modu
 
 
 def test_seconds_are_those_of_work(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"rollout": 2.0, "reward": 0.5, "update": 1.5}
-    logged = {
-        "reward/tinyworld_all": [(1, 0.5), (3, 0.7)],
-        **{
-            f"time/{part}_seconds": [(1, spent), (3, 2 * spent)]
-            for part, spent in {"rollout": 2.0, "reward": 0.5, "update": 1.5}.items()
-        },
-    }
+    spent = {"rollout": 2.0, "reward": 0.5, "update": 1.5}
+    logged = {f"time/{part}_seconds": [(1, seconds), (3, 2 * seconds)] for part, seconds in spent.items()}
+    logged["reward/tinyworld_all"] = [(1, 0.5), (3, 0.7)]
     monkeypatch.setattr(benchmark, "curve", lambda output, metric: logged[metric])
     assert benchmark.rewards_over_time(Path()) == [(1, 8.0, 0.5), (3, 24.0, 0.7)]
 
