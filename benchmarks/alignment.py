@@ -14,7 +14,6 @@ judging.py says. The bars stand in BARS and were fixed before the first arm ran.
 seed-N/GROUPS.json.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -27,12 +26,24 @@ import numpy as np
 
 from evaluation.fidelity.comparison import Estimate, ratio
 from zimage_lit.config import compose
-from zimage_lit.files import read_json, write_atomically
+from zimage_lit.files import read_json
 from zimage_lit.tracking import RUN_FILE
 
 sys.path.insert(0, str(Path(__file__).parent))  # where class paths of the controls are found
 import judging
-from judging import Bar, Judges, difference, draw_and_judge, lightning_run, measured, plain, table, verdicts
+from judging import (
+    Bar,
+    Judges,
+    benchmark_options,
+    difference,
+    draw_and_judge,
+    lightning_run,
+    measured,
+    plain,
+    table,
+    verdicts,
+    write_tables,
+)
 
 SERVED = {"num_inference_steps": 10, "guidance_scale": 1.0}  # how all models draw what is judged
 CONTROL_MODULE = "alignment_controls"
@@ -255,30 +266,16 @@ def arms_of(groups: Sequence[str], seed: int) -> list[Arm]:
 
 
 def main() -> None:
-    options = parse_options()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    if not (options.base / "model_index.json").is_file():
-        lightning_run(["quickstart", f"run.output_dir={options.base.parent}"])
+    options = benchmark_options(__doc__, (arm.group for arm in ARMS), "outputs/alignment", "base")
     judges = Judges.obtain(options.folder)
     for seed in options.seeds:
-        bench = Bench(options.folder, options.base, seed, options.overrides, judges)
+        bench = Bench(options.folder, options.start, seed, options.overrides, judges)
         arms = arms_of(options.groups, seed)
         if any(arm.experiment == DPO for arm in arms):
             bench.make_pairs()
         for arm in arms:
             lightning_run(bench.words(arm))
-        tables = json.dumps(report(bench, options.groups), indent=1) + "\n"
-        write_atomically(options.folder / f"seed-{seed}" / f"{'-'.join(options.groups)}.json", tables)
-
-
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="+", choices=sorted({arm.group for arm in ARMS}))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folder", type=Path, default=Path("outputs/alignment"))
-    parser.add_argument("--base", type=Path, default=Path("outputs/quickstart/pipeline"))
-    parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="key=value for every run")
-    return parser.parse_args()
+        write_tables(report(bench, options.groups), options, seed)
 
 
 if __name__ == "__main__":

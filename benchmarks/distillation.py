@@ -11,7 +11,6 @@ All are judged as judging.py says, with a classifier that no arm has seen. The b
 the first arm ran. Prints tables; writes them to seed-N/GROUPS.json.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -24,12 +23,23 @@ import torch
 
 from evaluation.fidelity.comparison import Estimate, compare, ratio
 from zimage_lit.config import compose
-from zimage_lit.files import write_atomically
 from zimage_lit.pipeline import ZImagePipeline
 
 sys.path.insert(0, str(Path(__file__).parent))  # where class paths of the controls are found
 import judging
-from judging import Bar, Judged, Judges, draw_and_judge, lightning_run, measured, plain, table, verdicts
+from judging import (
+    Bar,
+    Judged,
+    Judges,
+    benchmark_options,
+    draw_and_judge,
+    lightning_run,
+    measured,
+    plain,
+    table,
+    verdicts,
+    write_tables,
+)
 
 TEACHER_STEPS = (4, 8, 20, 100)  # with guidance, so twice as many network evaluations
 STUDENT_STEPS = (1, 2, 4, 8)
@@ -224,27 +234,13 @@ def arms_of(groups: Sequence[str], seed: int) -> list[Arm]:
 
 
 def main() -> None:
-    options = parse_options()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    if not (options.teacher / "model_index.json").is_file():
-        lightning_run(["quickstart", f"run.output_dir={options.teacher.parent}"])
+    options = benchmark_options(__doc__, (arm.group for arm in ARMS), "outputs/distillation", "teacher")
     judges = Judges.obtain(options.folder)
     for seed in options.seeds:
-        bench = Bench(options.folder, options.teacher, seed, options.overrides, judges)
+        bench = Bench(options.folder, options.start, seed, options.overrides, judges)
         for arm in arms_of(options.groups, seed):
             lightning_run(bench.words(arm))
-        tables = json.dumps(report(bench, options.groups), indent=1) + "\n"
-        write_atomically(options.folder / f"seed-{seed}" / f"{'-'.join(options.groups)}.json", tables)
-
-
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="+", choices=sorted({arm.group for arm in ARMS}))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folder", type=Path, default=Path("outputs/distillation"))
-    parser.add_argument("--teacher", type=Path, default=Path("outputs/quickstart/pipeline"))
-    parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="key=value for every run")
-    return parser.parse_args()
+        write_tables(report(bench, options.groups), options, seed)
 
 
 if __name__ == "__main__":

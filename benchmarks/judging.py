@@ -5,12 +5,13 @@ diversity and the rest are measured on that classifier's features. Every model d
 noise, PICTURES of each, and what was judged is kept beside the model. 95 % intervals resample the statements.
 """
 
+import argparse
 import hashlib
 import io
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,27 @@ def lightning_run(words: Sequence[str]) -> None:
     print(f"\n$ lightning run {shlex.join(words)}", flush=True)
     if code := cli.main(["run", *words], program="lightning"):
         sys.exit(code)
+
+
+def benchmark_options(description: str | None, groups: Iterable[str], folder: str, start: str) -> argparse.Namespace:
+    """What a benchmark of arms is asked for; `start` is the model that all begin from, a quickstart made where there
+    is none yet."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="+", choices=sorted(set(groups)))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--folder", type=Path, default=Path(folder))
+    parser.add_argument(f"--{start}", dest="start", type=Path, default=Path("outputs/quickstart/pipeline"))
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="key=value for every run")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if not (options.start / "model_index.json").is_file():
+        lightning_run(["quickstart", f"run.output_dir={options.start.parent}"])
+    return options
+
+
+def write_tables(tables: dict[str, Any], options: argparse.Namespace, seed: int) -> None:
+    place = options.folder / f"seed-{seed}" / f"{'-'.join(options.groups)}.json"
+    write_atomically(place, json.dumps(tables, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
