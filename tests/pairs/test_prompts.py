@@ -1,6 +1,7 @@
 """What pairs are drawn for."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def test_tinyworld_gives_its_training_statements_and_no_held_out_one() -> None:
     assert few == prompts[:5]
     narrow, _ = read_prompts("tinyworld", ["word"], None, seed=0, width=48)
     assert {len(prompt.metadata["text"]) for prompt in narrow} == {1, 2, 3}
+
+
+def test_a_few_prompts_hold_all_of_a_small_task() -> None:
+    tasks = ["position", "counting", "two_object", "color_attr"]
+    numbers = {task: len(list(statements(task, "train"))) for task in tasks}
+    assert numbers["counting"] == min(numbers.values())
+    found, _ = read_prompts("tinyworld", tasks, 4 * numbers["counting"], seed=0, width=64)
+    assert [prompt.metadata["tag"] for prompt in found] == tasks * numbers["counting"]
+    everything, _ = read_prompts("tinyworld", tasks, None, seed=0, width=64)
+    assert Counter(prompt.metadata["tag"] for prompt in everything) == numbers
 
 
 def test_a_file_gives_a_prompt_a_line_and_each_text_once(tmp_path: Path) -> None:
