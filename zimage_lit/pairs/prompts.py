@@ -116,6 +116,10 @@ def parse_line(line: bytes, place: str) -> Prompt:
         entry = json.loads(line)
     except ValueError:  # also of bytes that are not UTF-8
         raise UserError(f"{place} is not JSON: {wanted}.") from None
+    try:
+        json.dumps(entry, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # JSON may escape half of a surrogate pair, which no file in UTF-8 can keep
+        raise UserError(f"{place} holds half a character (a lone surrogate, \\ud800 to \\udfff): correct it.") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise UserError(f"{place} has no prompt: {wanted}.")
     if unknown := sorted(entry.keys() - {"prompt", "metadata"}):
