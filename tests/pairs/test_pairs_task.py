@@ -17,6 +17,7 @@ from data_modules.manifest import read_manifest
 from data_modules.part_writer import split_of
 from data_modules.verification import verify_task
 from zimage_lit import cli
+from zimage_lit.components import Qwen3TextEncoder
 from zimage_lit.errors import UserError
 from zimage_lit.pairs import preference_set, task
 from zimage_lit.pairs.task import pairs_task
@@ -310,6 +311,25 @@ def test_wrong_settings_are_named_before_anything_is_drawn(
         pairs_task({**asked, "output": str(tmp_path / "pairs"), **changes})
     assert "\n" not in str(caught.value)
     assert Fallible.calls == 0 and not (tmp_path / "pairs").exists()
+
+
+def test_too_long_texts_show_without_the_encoders_network(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Any, ids: list[list[int]]) -> None:
+        raise AssertionError("the network ran")
+
+    monkeypatch.setattr(Qwen3TextEncoder, "_run", run)
+    listed = tmp_path / "prompts.jsonl"
+    listed.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a boat", "far " * 600)))
+    own = {**asked, "output": str(tmp_path / "pairs")}
+    for changes, start in (
+        ({"prompts": str(listed)}, "far far"),
+        ({"negative_prompt": "dull " * 600, "guidance_scale": 2.0}, "dull dull"),
+    ):
+        with pytest.raises(UserError, match=f'The prompt "{start}.* tokens and the model takes at most 512'):
+            pairs_task({**own, **changes})
+        assert not (tmp_path / "pairs").exists()  # nothing was noted that a shorter one would differ from
 
 
 def test_tinyworlds_judges_need_tinyworlds_prompts(asked: dict[str, Any], tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from data_modules.folder_lock import begin_or_go_on, is_prepared
+from zimage_lit.components import Qwen3TextEncoder
 from zimage_lit.config import did_you_mean, one_line, settings_from
 from zimage_lit.errors import UserError, at_least_one, root_of
 from zimage_lit.files import write_atomically
@@ -158,6 +159,7 @@ def make_pairs(asked: PairsSettings) -> None:
     if is_prepared(output, settings, FOLDER_KEY):
         Console().print(f"{output} is made already", highlight=False, soft_wrap=True)
         return
+    check_lengths(work)
     with writing(output):
         if not is_prepared(output, settings, FOLDER_KEY):  # the one that was waited for may have done it
             begin_or_go_on(output / WORK, settings, FOLDER_KEY)
@@ -241,6 +243,15 @@ def judged_prompts(prompts: Sequence[Prompt], rewards: Sequence[RewardCallback],
     return useful
 
 
+def check_lengths(work: Work) -> None:
+    """UserError for the first text that is too long, before an hour of sampling; its network need not run for that."""
+    encoder = work.pipeline.text_encoder
+    if isinstance(encoder, Qwen3TextEncoder):  # no other has a limit
+        guided = work.call["guidance_scale"] != 1.0
+        encoder.tokenize([work.call["negative_prompt"]] if guided else [])
+        encoder.tokenize([prompt.text for _, prompts in work.missing for prompt in prompts])
+
+
 def stored_settings(
     asked: PairsSettings,
     pipeline: ZImagePipeline,
@@ -275,9 +286,6 @@ def draw_parts(work: Work) -> None:
     """Draw and judge what is missing, under a bar over all pictures."""
     for leftover in (Path(work.asked.output) / WORK).glob(f"{UNFINISHED}*"):
         shutil.rmtree(leftover)
-    for _, prompts in work.missing:  # one that is too long shows now, not after an hour of sampling
-        for prompt in prompts:
-            work.pipeline.text_encoder.encode([prompt.text])
     with picture_progress(work) as drawn:
         for folder, prompts in work.missing:
             pictures = draw(work, prompts, drawn)
