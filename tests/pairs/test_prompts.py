@@ -45,7 +45,13 @@ def test_a_few_prompts_hold_all_of_a_small_task() -> None:
 
 def test_a_file_gives_a_prompt_a_line_and_each_text_once(tmp_path: Path) -> None:
     known = {"tag": "x", "pair": {"margin": 0.5}}
-    lines = [r'{"prompt": " a boat \ud83d\udea4 "}', {"prompt": " a boat\u2028 "}, "", {"prompt": "一只船", "metadata": known}, {"prompt": "a boat"}]
+    lines = [
+        r'{"prompt": " a boat \ud83d\udea4 "}',
+        {"prompt": " a boat\u2028 "},
+        "",
+        {"prompt": "一只船", "metadata": known},
+        {"prompt": "a boat"},
+    ]
     prompts, repeated = read_prompts(write(tmp_path / "p.jsonl", *lines), None, None, 0, 64)
     assert prompts == [Prompt("a boat 🚤", {}), Prompt("a boat", {}), Prompt("一只船", {"tag": "x"})] and repeated == 1
     assert len({prompt.id for prompt in prompts}) == 3
