@@ -17,6 +17,7 @@ from data_modules.manifest import read_manifest
 from data_modules.part_writer import split_of
 from data_modules.verification import verify_task
 from zimage_lit import cli
+from zimage_lit.components import Qwen3TextEncoder
 from zimage_lit.errors import UserError
 from zimage_lit.pairs import preference_set, task
 from zimage_lit.pairs.task import pairs_task
@@ -186,10 +187,10 @@ def after(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, calls: int) -
     """Break off at a function's call after so many."""
     own, done = getattr(module, name), iter(range(calls))
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **named: Any) -> Any:
         if next(done, None) is None:
             raise KeyboardInterrupt
-        return own(*arguments)
+        return own(*arguments, **named)
 
     monkeypatch.setattr(module, name, counted)
 
@@ -217,10 +218,84 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_files(
     assert Fallible.calls < 6 * 13  # finished parts were not judged again
 
 
+def test_a_run_goes_on_from_other_places_and_with_smaller_batches(
+    made: Path, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        broken_off_while_judging(patched)
+        with pytest.raises(KeyboardInterrupt):
+            pairs_task({**asked, "output": str(tmp_path / "before")})
+    (tmp_path / "before").rename(tmp_path / "pairs")
+    shutil.copytree(asked["model"], tmp_path / "model")
+    shutil.copy(asked["prompts"], tmp_path / "listed.jsonl")
+    monkeypatch.chdir(tmp_path)
+    places = {"model": "model", "prompts": "listed.jsonl", "output": "pairs"}
+    with pytest.raises(UserError, match=r"unfinished preparation with pass_rate="):
+        pairs_task({**asked, **places, "pass_rate": [0.2, 0.8]})
+    Fallible.calls = 0
+    pairs_task({**asked, **places, "batch_size": 2})
+    assert 0 < Fallible.calls < 6 * 13  # finished parts were not judged again
+    settings = read_manifest(tmp_path / "pairs").settings
+    assert (settings["model"], settings["prompts"], settings["batch_size"]) == ("model", "listed.jsonl", 2)
+    assert page_id(tmp_path / "pairs") == page_id(made)
+    Fallible.calls = 0
+    pairs_task({**asked, **places, "model": str(tmp_path / "model")})
+    assert Fallible.calls == 0 and read_manifest(tmp_path / "pairs").settings == settings
+    write_pipeline(tmp_path, "other", seed=1)
+    with pytest.raises(UserError, match=r"prepared with weights="):
+        pairs_task({**asked, **places, "model": "other"})
+
+
+def test_where_all_pairs_are_for_validation_a_lower_share_needs_no_drawing(
+    made: Path, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    own = {**asked, "output": str(tmp_path / "pairs")}
+    number = len(rows(made / "pairs.jsonl"))
+    with pytest.raises(UserError, match=f"all {number} pairs in .* for validation: lower val_share"):
+        pairs_task({**own, "val_share": 0.999999})
+    Fallible.calls = 0
+    pairs_task(own)
+    assert Fallible.calls == 0 and files(tmp_path / "pairs") == files(made)
+
+
+def test_a_finished_set_is_put_together_anew_for_another_share_and_page(
+    asked: dict[str, Any], copy: Path, tmp_path: Path
+) -> None:
+    listed = rows(copy / "pairs.jsonl")
+    gone = next(row["id"] for row in listed if row["split"] == "val")
+    pairs_task({"output": str(copy), "review": review_of(copy, tmp_path / "review.json", dropped=[gone])})
+    before, own, Fallible.calls = files(copy), {**asked, "output": str(copy)}, 0
+    with pytest.raises(UserError, match="would be for validation: lower val_share"):
+        pairs_task({**own, "val_share": 0.999999})
+    assert files(copy).items() >= before.items()  # all that was there is as it was
+    pairs_task({**own, "val_share": 0.0, "review_pairs": 1})
+    assert read_manifest(copy).splits == {"train": len(listed) - 1} and not (copy / "val").exists()
+    assert {row["id"]: row["review"] for row in rows(copy / "pairs.jsonl")}[gone] == "dropped"
+    assert (copy / "review.html").read_text().count("<article") == 1
+    pairs_task(own)
+    assert files(copy) == before and Fallible.calls == 0
+
+
+def test_a_set_without_its_parts_is_made_already_and_cannot_change(asked: dict[str, Any], copy: Path) -> None:
+    shutil.rmtree(copy / ".pairs")
+    before, own, Fallible.calls = files(copy), {**asked, "output": str(copy)}, 0
+    pairs_task(own)
+    with pytest.raises(
+        UserError, match=r"put together with val_share=0.4 \(now val_share=0.1\) and its parts in .pairs"
+    ):
+        pairs_task({**own, "val_share": 0.1})
+    assert files(copy) == before and Fallible.calls == 0
+
+
+def page_id(folder: Path) -> str:
+    """The set's id on its page."""
+    (name,) = re.findall('data-set="([0-9a-f]+)"', (folder / "review.html").read_text())
+    return str(name)
+
+
 def review_of(folder: Path, path: Path, **verdicts: list[str]) -> str:
     """A review.json as the page saves it."""
-    (name,) = re.findall('data-set="([0-9a-f]+)"', (folder / "review.html").read_text())
-    path.write_text(json.dumps({"set": name, "kept": [], "dropped": [], **verdicts}))
+    path.write_text(json.dumps({"set": page_id(folder), "kept": [], "dropped": [], **verdicts}))
     return str(path)
 
 
@@ -239,6 +314,38 @@ def test_a_review_drops_pairs_without_drawing_and_can_be_taken_back(copy: Path, 
 
     pairs_task({"output": str(copy), "review": review_of(copy, tmp_path / "review.json")})
     assert files(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "calls"),
+    [
+        (preference_set, "write_lines", 0),  # the manifest is gone, and nothing is written
+        (preference_set, "encode_sample", 1),
+        (preference_set.Path, "unlink", 0),  # the manifest of before is still there
+    ],
+)
+def test_a_review_that_was_broken_off_is_applied_by_the_command_that_made_the_set(
+    module: Any,
+    name: str,
+    calls: int,
+    asked: dict[str, Any],
+    copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listed = [row["id"] for row in rows(copy / "pairs.jsonl")]
+    review = review_of(copy, tmp_path / "review.json", dropped=[listed[0]], kept=[listed[1]])
+    with monkeypatch.context() as patched:
+        after(patched, module, name, calls)
+        with pytest.raises(KeyboardInterrupt):
+            pairs_task({"output": str(copy), "review": review})
+    Fallible.calls = 0
+    pairs_task({**asked, "output": str(copy)})
+    assert Fallible.calls == 0
+    read = [sample["ids"] for split in read_manifest(copy).splits for sample in samples_of(copy, split)]
+    assert sorted(read) == sorted(listed[1:])
+    verdicts = [row["review"] for row in rows(copy / "pairs.jsonl")]
+    assert verdicts == ["dropped", "kept", *[None] * (len(listed) - 2)]
 
 
 def test_reviews_that_do_not_fit_change_nothing(copy: Path, tmp_path: Path) -> None:
@@ -310,6 +417,25 @@ def test_wrong_settings_are_named_before_anything_is_drawn(
         pairs_task({**asked, "output": str(tmp_path / "pairs"), **changes})
     assert "\n" not in str(caught.value)
     assert Fallible.calls == 0 and not (tmp_path / "pairs").exists()
+
+
+def test_too_long_texts_show_without_the_encoders_network(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Any, ids: list[list[int]]) -> None:
+        raise AssertionError("the network ran")
+
+    monkeypatch.setattr(Qwen3TextEncoder, "_run", run)
+    listed = tmp_path / "prompts.jsonl"
+    listed.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a boat", "far " * 600)))
+    own = {**asked, "output": str(tmp_path / "pairs")}
+    for changes, start in (
+        ({"prompts": str(listed)}, "far far"),
+        ({"negative_prompt": "dull " * 600, "guidance_scale": 2.0}, "dull dull"),
+    ):
+        with pytest.raises(UserError, match=f'The prompt "{start}.* tokens and the model takes at most 512'):
+            pairs_task({**own, **changes})
+        assert not (tmp_path / "pairs").exists()  # nothing was noted that a shorter one would differ from
 
 
 def test_tinyworlds_judges_need_tinyworlds_prompts(asked: dict[str, Any], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What pairs are drawn for."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,28 @@ def test_tinyworld_gives_its_training_statements_and_no_held_out_one() -> None:
     assert {len(prompt.metadata["text"]) for prompt in narrow} == {1, 2, 3}
 
 
+def test_a_few_prompts_hold_all_of_a_small_task() -> None:
+    tasks = ["position", "counting", "two_object", "color_attr"]
+    numbers = {task: len(list(statements(task, "train"))) for task in tasks}
+    assert numbers["counting"] == min(numbers.values())
+    found, _ = read_prompts("tinyworld", tasks, 4 * numbers["counting"], seed=0, width=64)
+    assert [prompt.metadata["tag"] for prompt in found] == tasks * numbers["counting"]
+    everything, _ = read_prompts("tinyworld", tasks, None, seed=0, width=64)
+    assert Counter(prompt.metadata["tag"] for prompt in everything) == numbers
+
+
 def test_a_file_gives_a_prompt_a_line_and_each_text_once(tmp_path: Path) -> None:
     known = {"tag": "x", "pair": {"margin": 0.5}}
-    lines = [{"prompt": " a boat\u2028 "}, "", {"prompt": "一只船", "metadata": known}, {"prompt": "a boat"}]
+    lines = [
+        r'{"prompt": " a boat \ud83d\udea4 "}',
+        {"prompt": " a boat\u2028 "},
+        "",
+        {"prompt": "一只船", "metadata": known},
+        {"prompt": "a boat"},
+    ]
     prompts, repeated = read_prompts(write(tmp_path / "p.jsonl", *lines), None, None, 0, 64)
-    assert prompts == [Prompt("a boat", {}), Prompt("一只船", {"tag": "x"})] and repeated == 1
-    assert len({prompt.id for prompt in prompts}) == 2
+    assert prompts == [Prompt("a boat 🚤", {}), Prompt("a boat", {}), Prompt("一只船", {"tag": "x"})] and repeated == 1
+    assert len({prompt.id for prompt in prompts}) == 3
 
 
 def test_a_prepared_set_gives_its_captions_and_metadata(tmp_path: Path) -> None:
@@ -63,6 +80,9 @@ def test_seeds_depend_on_seed_prompt_and_number_alone() -> None:
         ('["a"]', "line 2 has no prompt"),
         ('{"prompt": " "}', "line 2 has no prompt"),
         ('{"prompt": "a", "metdata": {}}', "line 2 has the unknown key metdata"),
+        (r'{"prompt": "a \ud83d"}', "line 2 holds half a character"),
+        (r'{"prompt": "a", "metadata": {"b": ["\udc00"]}}', "line 2 holds half a character"),
+        (r'{"prompt": "a", "\ud83d": 1}', "line 2 holds half a character"),
         ('{"prompt": "a", "metadata": []}', "line 2 has metadata that are no object"),
     ],
 )

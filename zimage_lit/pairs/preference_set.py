@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_modules.assembly import assemble_split
-from data_modules.folder_lock import GO_ON, sole_preparation
-from data_modules.manifest import MANIFEST, write_manifest
+from data_modules.folder_lock import GO_ON, differences, sole_preparation
+from data_modules.manifest import MANIFEST, read_manifest, write_manifest
 from data_modules.part_writer import BYTES_PER_TOKEN, MAX_TOKENS, SplitWriter, split_of
 from data_modules.samples import encode_sample
 from zimage_lit.errors import UserError
@@ -29,7 +29,12 @@ from zimage_lit.pairs.selection import PAIRED
 FOLDER_KEY = "output"
 WORK = ".pairs"  # below the output: the parts, with the pictures of all pairs
 PART = "part.json"
+DRAWING = "settings.json"  # below WORK: what decided the parts
+ASSEMBLY = "assembly.json"  # below WORK: how the set was last put together from them
+REVIEW = "review.json"  # below WORK: id of a pair -> kept or dropped
+DECIDE_THE_SET = ("val_share", "review_pairs")  # settings of the assembly that change the files
 UNFINISHED = "unfinished-"
+UNFINISHED_SET = "finish the set first, by the command that began it"
 CHUNK_BYTES = 64 * 2**20
 ROLES = ("winner", "loser")
 
@@ -81,40 +86,74 @@ class FoundPair:
         return {**self.entry["metadata"], PAIR: known}
 
 
-def assemble(output: Path, verdicts: Mapping[str, str]) -> None:
+def assemble(output: Path, assembly: Mapping[str, Any], verdicts: Mapping[str, str]) -> None:
     """Put the set together from its parts, without the pairs whose verdict is "dropped"; can be done again and again.
 
-    verdicts: id of a pair -> kept or dropped, of those that a person has looked at.
-    Raises UserError where no pair is left to train on; the reasons are then in summary.json and samples.jsonl.
+    assembly: its settings, as the task's assembly_settings gives them. verdicts: id of a pair -> kept or dropped, of
+    those that a person has looked at. Both are noted first, so that whoever is killed from there on goes on with them.
+    Raises UserError where no pair is left to train on: a finished set then stays as it is, and an unfinished one tells
+    the reasons in summary.json and samples.jsonl.
     """
-    settings = read_json(output / WORK / "settings.json", f"delete {output} and make it anew")
+    drawing = read_json(output / WORK / DRAWING, f"delete {output} and make it anew")
+    settings = {**drawing, **assembly}
     folders = part_folders(output, settings)
     entries = [(folder, entry) for folder in folders for entry in read_json(folder / PART)["prompts"]]
     pairs = list(found_pairs(entries, settings["val_share"]))
     kept = [pair for pair in pairs if verdicts.get(pair.id) != "dropped"]
     summary = summarise(entries, pairs, kept, settings)
-    trains = "train" in summary["pairs"]
-    if verdicts and not trains:
-        raise UserError(f"the review would leave {output} without a pair to train on: keep some of them.")
+    problem = nothing_to_train_on(output, summary, pairs)
+    if problem and (output / MANIFEST).exists():
+        raise problem
+    if not problem:
+        write_atomically(output / WORK / ASSEMBLY, json.dumps(assembly, ensure_ascii=False))
+        write_atomically(output / WORK / REVIEW, json.dumps(verdicts, sort_keys=True))
     (output / MANIFEST).unlink(missing_ok=True)
     write_lines(output / "samples.jsonl", sample_rows(entries))
     write_lines(output / "pairs.jsonl", (pair_row(pair, settings["judges"], verdicts.get(pair.id)) for pair in pairs))
     write_atomically(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     show(summary)
-    if not trains:
-        shutil.rmtree(output / WORK)  # so that the next command may have other settings
-        raise nothing_to_train_on(output, summary)
-    page = review_page(shown_pairs(pairs, verdicts, settings["review_pairs"]), settings["name"], set_id(settings))
+    if problem:
+        if not pairs:
+            shutil.rmtree(output / WORK)  # so that the next command may have other settings
+        raise problem
+    page = review_page(shown_pairs(pairs, verdicts, settings["review_pairs"]), settings["name"], set_id(drawing))
     write_atomically(output / "review.html", page)
-    write_set(output, kept, {**settings, "dropped": sorted({pair.id for pair in pairs} - {pair.id for pair in kept})})
+    write_set(output, kept, {**settings, "dropped": dropped(verdicts)})
     Console().print(f"{output}: look at the pairs in {output / 'review.html'}", highlight=False, soft_wrap=True)
+
+
+def is_assembled(output: Path, assembly: Mapping[str, Any]) -> bool:
+    """Whether a finished set was put together with these settings and with the verdicts that are noted.
+
+    Raises UserError where it was put together otherwise and its parts are no longer there.
+    """
+    wanted = {name: assembly[name] for name in DECIDE_THE_SET}
+    if (output / WORK / REVIEW).is_file():
+        wanted["dropped"] = dropped(noted_verdicts(output))
+    different = differences(read_manifest(output).settings, wanted)
+    if different and not (output / WORK).is_dir():
+        raise UserError(
+            f"{output} was put together with {', '.join(different)} and its parts in {WORK} are gone: give the same "
+            f"settings, set {FOLDER_KEY} to another folder, or delete this one to make it anew."
+        )
+    return not different
+
+
+def noted_verdicts(output: Path) -> dict[str, str]:
+    """Those of the last review; none where there was no review."""
+    path = output / WORK / REVIEW
+    return read_json(path, "delete it and apply the review again") if path.is_file() else {}
+
+
+def dropped(verdicts: Mapping[str, str]) -> list[str]:
+    return sorted(name for name, verdict in verdicts.items() if verdict == "dropped")
 
 
 def part_folders(output: Path, settings: Mapping[str, Any]) -> list[Path]:
     folders = [output / WORK / f"{number:06d}" for number in range(settings["num_parts"])]
     missing = [folder for folder in folders if not (folder / PART).is_file()]
     if missing:
-        raise UserError(f"{missing[0]} is missing: finish the set first, by the command that began it.")
+        raise UserError(f"{missing[0]} is missing: {UNFINISHED_SET}.")
     return folders
 
 
@@ -189,10 +228,16 @@ def summarise(
     }
 
 
-def nothing_to_train_on(output: Path, summary: Mapping[str, Any]) -> UserError:
-    """The sentence for a set without a pair in the training split."""
-    if summary["pairs"].get("val"):
-        return UserError(f"all {summary['pairs']['val']} pairs in {output} are for validation: lower val_share.")
+def nothing_to_train_on(output: Path, summary: Mapping[str, Any], pairs: Sequence[FoundPair]) -> UserError | None:
+    """The sentence for a set without a pair in the training split; None where it has one. pairs: before the review."""
+    if "train" in summary["pairs"]:
+        return None
+    if any(pair.split == "train" for pair in pairs):
+        return UserError(f"the review would leave {output} without a pair to train on: keep some of them.")
+    if pairs:
+        return UserError(
+            f"all {len(pairs)} pairs in {output} would be for validation: lower val_share (nothing is drawn again)."
+        )
     reasons = "; ".join(f"{number} {reason}" for reason, number in summary["pictures"].items())
     return UserError(
         f"no pair was found among {sum(summary['pictures'].values())} pictures ({reasons}): draw more "
@@ -217,9 +262,9 @@ def show(summary: Mapping[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------------------------- review
 
 
-def set_id(settings: Mapping[str, Any]) -> str:
-    """By which a review knows the set that it is about."""
-    return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+def set_id(drawing: Mapping[str, Any]) -> str:
+    """By which a review knows the set that it is about, wherever and with whatever val_share it is put together."""
+    return sha256(json.dumps(drawing, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def shown_pairs(pairs: Sequence[FoundPair], verdicts: Mapping[str, str], most: int) -> Iterator[ShownPair]:
@@ -243,13 +288,13 @@ def shown_pairs(pairs: Sequence[FoundPair], verdicts: Mapping[str, str], most: i
 
 def apply_review(output: Path, file: Path) -> None:
     """Put a finished set together anew, without what the review drops; an earlier review counts no more."""
-    settings = read_json(output / WORK / "settings.json", "name the output=… of a finished set of pairs")
+    drawing = read_json(output / WORK / DRAWING, "name the output=… of a finished set of pairs")
     review = read_json(file, "save it from the set's review.html again")
-    if review.get("set") != set_id(settings):
+    if review.get("set") != set_id(drawing):
         raise UserError(f"{file} is the review of another set than {output}: save one from its review.html.")
     known = {
         pair.id
-        for folder in part_folders(output, settings)
+        for folder in part_folders(output, drawing)
         for pair in found_pairs([(folder, entry) for entry in read_json(folder / PART)["prompts"]], 0)
     }
     verdicts: dict[str, str] = {}
@@ -258,5 +303,6 @@ def apply_review(output: Path, file: Path) -> None:
         if not isinstance(names, list) or not known.issuperset(map(str, names)):
             raise UserError(f"{file}: {verdict} is no list of this set's pairs: save it from the page again.")
         verdicts |= dict.fromkeys(names, verdict)
+    assembly = read_json(output / WORK / ASSEMBLY, UNFINISHED_SET)
     with writing(output):
-        assemble(output, verdicts)
+        assemble(output, assembly, verdicts)

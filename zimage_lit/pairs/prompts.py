@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,18 @@ def different(prompts: Iterable[Prompt], most: int | None) -> tuple[list[Prompt]
 
 
 def tinyworld_prompts(tasks: Sequence[str], seed: int, width: int) -> Iterator[Prompt]:
-    """All that the training split says in these tasks, shuffled; held-out statements stay for scoring."""
+    """All that the training split says in these tasks, one of each task in turn while it has any left, so that the
+    first so many hold as much of a small task as they can; each task in an order of the seed's. Held-out statements
+    stay for scoring."""
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"tasks: TinyWorld has no task {task}{did_you_mean(task, TASKS, listing='there are')}.")
-    statements = [statement for task in dict.fromkeys(tasks) for statement in fitting_statements(task, "train", width)]
-    rng = random.Random(f"pairs/{seed}")
-    for statement in sorted(statements, key=lambda _: rng.random()):
+    columns = []
+    for task in dict.fromkeys(tasks):
+        statements = list(fitting_statements(task, "train", width))
+        random.Random(f"pairs/{seed}/{task}").shuffle(statements)
+        columns.append(statements)
+    for statement in (one for turn in zip_longest(*columns) for one in turn if one is not None):
         text = tinyworld_prompt(statement)
         yield Prompt(text, {**statement, "prompt": text}, kind="short")
 
@@ -110,6 +116,10 @@ def parse_line(line: bytes, place: str) -> Prompt:
         entry = json.loads(line)
     except ValueError:  # also of bytes that are not UTF-8
         raise UserError(f"{place} is not JSON: {wanted}.") from None
+    try:
+        json.dumps(entry, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # JSON may escape half of a surrogate pair, which no file in UTF-8 can keep
+        raise UserError(f"{place} holds half a character (a lone surrogate, \\ud800 to \\udfff): correct it.") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise UserError(f"{place} has no prompt: {wanted}.")
     if unknown := sorted(entry.keys() - {"prompt", "metadata"}):

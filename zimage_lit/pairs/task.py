@@ -2,7 +2,8 @@
 
 The prompts are cut into parts. Of each part all pictures are drawn and judged, the pairs chosen, and a folder written
 in one step below `.pairs`, so a run that was killed goes on with the part that is missing and ends with the same files.
-In the end the set is put together from the parts. They stay: a review puts it together anew, without drawing.
+In the end the set is put together from the parts. They stay: a review, another val_share or another review_pairs puts
+it together anew, without drawing.
 
 output/train, output/val    the preference set; the pairs of one prompt are all in one split
 output/pairs.jsonl          every pair: prompt, seeds, scores, margin, difficulty, and what a review said of it
@@ -29,12 +30,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from data_modules.folder_lock import begin_or_go_on, is_prepared
+from zimage_lit.components import Qwen3TextEncoder
 from zimage_lit.config import did_you_mean, one_line, settings_from
 from zimage_lit.errors import UserError, at_least_one, root_of
 from zimage_lit.files import write_atomically
 from zimage_lit.grids import encoded
 from zimage_lit.lora import base_fingerprint
 from zimage_lit.pairs.preference_set import (
+    DECIDE_THE_SET,
     FOLDER_KEY,
     PART,
     ROLES,
@@ -42,6 +45,8 @@ from zimage_lit.pairs.preference_set import (
     WORK,
     apply_review,
     assemble,
+    is_assembled,
+    noted_verdicts,
     picture_name,
     writing,
 )
@@ -73,7 +78,7 @@ class PairsSettings:
     matched: dict[str, float] = field(default_factory=dict)  # reward -> largest difference between winner and loser
     pass_rate: tuple[float, float] = (0.1, 0.9)  # least and largest share of a prompt's pictures that pass
     pairs_per_prompt: int = 4  # at most; no picture is in two pairs
-    val_share: float = 0.1  # share of the prompts whose pairs are the validation split
+    val_share: float = 0.1  # share of the prompts whose pairs are the validation split; may change without drawing
     seed: int = 0  # of the pictures, of TinyWorld's order and of the choice among equal pairs
     part_size: int = 8  # prompts that are drawn and judged together: what a kill can cost
     review_pairs: int = 500  # pairs on the review page, drawn by lot where there are more
@@ -150,19 +155,21 @@ def make_pairs(asked: PairsSettings) -> None:
     for reward in rewards:
         reward.prepare(pipeline.device)
     output = Path(asked.output)
-    settings = stored_settings(asked, pipeline, call, rewards, useful)
+    settings, assembly = drawing_settings(asked, pipeline, call, rewards, useful), assembly_settings(asked)
     settings["prompts_left_out"] = {"repeated": repeated, "objective does not apply": len(prompts) - len(useful)}
     pieces = [useful[start : start + asked.part_size] for start in range(0, len(useful), asked.part_size)]
     parts = [(output / WORK / f"{number:06d}", piece) for number, piece in enumerate(pieces)]
     work = Work(asked, pipeline, call, RewardSet(rewards), parts)
-    if is_prepared(output, settings, FOLDER_KEY):
+    if is_prepared(output, settings, FOLDER_KEY) and is_assembled(output, assembly):
         Console().print(f"{output} is made already", highlight=False, soft_wrap=True)
         return
+    check_lengths(work)
     with writing(output):
-        if not is_prepared(output, settings, FOLDER_KEY):  # the one that was waited for may have done it
+        # the one that was waited for may have done it
+        if not (is_prepared(output, settings, FOLDER_KEY) and is_assembled(output, assembly)):
             begin_or_go_on(output / WORK, settings, FOLDER_KEY)
             draw_parts(work)
-            assemble(output, {})
+            assemble(output, assembly, noted_verdicts(output))
 
 
 # ------------------------------------------------------------------------------------------------------- settings
@@ -241,18 +248,27 @@ def judged_prompts(prompts: Sequence[Prompt], rewards: Sequence[RewardCallback],
     return useful
 
 
-def stored_settings(
+def check_lengths(work: Work) -> None:
+    """UserError for the first text that is too long, before an hour of sampling; its network need not run for that."""
+    encoder = work.pipeline.text_encoder
+    if isinstance(encoder, Qwen3TextEncoder):  # no other has a limit
+        guided = work.call["guidance_scale"] != 1.0
+        encoder.tokenize([work.call["negative_prompt"]] if guided else [])
+        encoder.tokenize([prompt.text for _, prompts in work.missing for prompt in prompts])
+
+
+def drawing_settings(
     asked: PairsSettings,
     pipeline: ZImagePipeline,
     call: Mapping[str, Any],
     rewards: Sequence[RewardCallback],
     prompts: Sequence[Prompt],
 ) -> dict[str, Any]:
-    """All that decides the set, as the manifest keeps it; model, prompts and judges by what they are."""
-    left_out = ("output", "review", "device", "rewards")
-    settings = {name: value for name, value in asdict(asked).items() if name not in left_out}
+    """All that decides the parts, which must not change on the way; model, prompts and judges by what they are, so
+    that they may lie elsewhere by then."""
+    left_out = ("output", "review", "device", "rewards", *assembly_settings(asked))
+    settings = {name: value for name, value in {**asdict(asked), **call}.items() if name not in left_out}
     listing = json.dumps([[prompt.text, prompt.metadata] for prompt in prompts], sort_keys=True)
-    settings |= call
     settings |= {
         "shift": pipeline.defaults.shift,
         "weights": base_fingerprint(pipeline.backbone.state_dict())[:16],
@@ -261,11 +277,18 @@ def stored_settings(
         "prompts_listing": sha256(listing.encode()).hexdigest()[:16],
         "judges": {reward.name: reward.version for reward in rewards},
         "num_parts": math.ceil(len(prompts) / asked.part_size),
-        "name": Path(asked.output).resolve().name,
         "roles": ROLES,
     }
     stored: dict[str, Any] = json.loads(json.dumps(settings))  # as it will be read again: lists for tuples
     return stored
+
+
+def assembly_settings(asked: PairsSettings) -> dict[str, Any]:
+    """What may change with the parts kept: how the set is put together from them (DECIDE_THE_SET), and what is only
+    noted of how they came about."""
+    noted = ("model", "prompts", "batch_size")
+    settings = {name: getattr(asked, name) for name in (*DECIDE_THE_SET, *noted)}
+    return settings | {"name": Path(asked.output).resolve().name}
 
 
 # ------------------------------------------------------------------------------------------------- drawing, judging
@@ -275,9 +298,6 @@ def draw_parts(work: Work) -> None:
     """Draw and judge what is missing, under a bar over all pictures."""
     for leftover in (Path(work.asked.output) / WORK).glob(f"{UNFINISHED}*"):
         shutil.rmtree(leftover)
-    for _, prompts in work.missing:  # one that is too long shows now, not after an hour of sampling
-        for prompt in prompts:
-            work.pipeline.text_encoder.encode([prompt.text])
     with picture_progress(work) as drawn:
         for folder, prompts in work.missing:
             pictures = draw(work, prompts, drawn)
