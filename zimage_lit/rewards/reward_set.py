@@ -182,6 +182,17 @@ class RewardSet:
             found[f"reward/{name}_invalid"] = failed / max(pictures, 1)
         return found
 
+    def logged_values(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `logged` is made of, (N,) each, for a stage that takes means over ranks; all names, whatever was
+        judged."""
+        found: dict[str, Tensor] = {}
+        for name, values in scores.items():
+            judged = values.detach()[~values.isnan()]
+            failed, pictures = self.judges[name].failures()
+            found |= {f"reward/{name}": judged, f"reward/{name}_std": judged}
+            found[f"reward/{name}_invalid"] = torch.arange(pictures) < failed
+        return found
+
     def forget_after(self, step: int) -> None:
         """Drop what was recorded after `step`: for a stage that goes on from a checkpoint of that step."""
         if self.record is not None:
