@@ -144,6 +144,26 @@ def test_rewards_see_whole_groups_however_they_are_packed(start, tmp_path):
     assert asked == [[f"number {number}"] * GROUP for number in range(2 * SAMPLES)]
 
 
+def test_half_precision_does_not_reach_scores(start, tmp_path):
+    class Close(RewardCallback):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.made: torch.dtype | None = None
+
+        def prepare(self, device: Any) -> None:
+            self.made = torch.zeros(()).dtype
+
+        def score(self, images, prompts, metadata):
+            return torch.tensor([0.7012, 0.7019, 0.7026] * SAMPLES)
+
+    reward = Close(name="close")
+    figures = fit(stage(start), tmp_path, 1, callbacks=[reward], precision="bf16-true").figures[0]
+    assert reward.made == torch.float32 and is_number(figures)
+    assert figures["reward/close_std"] == pytest.approx(7e-4 * math.sqrt(2 / 3), rel=1e-3)
+    assert figures["train/zero_std_share"] == 0 and figures["train/gradient_norm"] > 0
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_prompts_of_one_batch_may_be_alike(ready):
     """Groups go by place: equal prompts in one batch, or on several devices, are groups of their own."""
     module, batch = ready()

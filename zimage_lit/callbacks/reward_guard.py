@@ -17,12 +17,13 @@ from zimage_lit.run_folder import last_checkpoint
 class RewardGuard(Callback):
     """Ends a run in which a reward that is followed has risen while a held-out one has fallen, since that was best.
 
-    Both are means over the last `window` iterations in which both judged a picture on any rank. The run ends as if `trainer.max_steps` had been reached, with a
-    sentence that names the last checkpoint until the best moment, if any was kept (`checkpoint.keep_every_n_steps`). A
-    reward of negative weight is better where it is lower, a held-out one as well.
+    Both are means over the last `window` iterations in which both judged a picture, on any rank. The run ends as if
+    `trainer.max_steps` had been reached, with a sentence that names the last checkpoint until the best moment, if any
+    was kept (`checkpoint.keep_every_n_steps`). A reward of negative weight is better where it is lower, a held-out one
+    as well.
 
-    followed, held_out: names of rewards (`reward/<name>` in the curves).   window: such iterations.   fall: of the held-out
-        one, at which the run ends, in its own units.   rise: of the other at the same time.
+    followed, held_out: names of rewards (`reward/<name>` in the curves).   window: such iterations.   fall: of the
+        held-out one, at which the run ends, in its own units.   rise: of the other at the same time.
     """
 
     def __init__(self, followed: str, held_out: str, window: int = 20, fall: float = 0.05, rise: float = 0.0) -> None:
