@@ -512,6 +512,23 @@ def test_an_update_that_is_not_finite_is_left_out(start, tmp_path):
     assert seen.states[-1]["iteration"] == 3 and seen.states[-1]["updates"] == 2
 
 
+@pytest.mark.parametrize("broken", [(0,), (1,), (0, 1)])
+def test_the_average_follows_where_any_update_of_an_iteration_was_taken(start, tmp_path, broken):
+    class Broken(Stage):
+        def policy_terms(self, pack, judgement, step, epoch):
+            number = int(pack.places[0] >= SAMPLES * GROUP // 2)
+            for losses, figures in super().policy_terms(pack, judgement, step, epoch):
+                yield losses * (math.nan if step == 1 and number in broken else 1), figures
+
+    guard = StepGuard(spike_factor=None)
+    module = stage(start, minibatches=2)
+    module.__class__ = Broken
+    seen = fit(module, tmp_path, 3, callbacks=[Bright(), guard])
+    assert guard.skipped == len(broken) and seen.states[-1]["updates"] == (2 if len(broken) == 2 else 3)
+    records = [json.loads(line) for line in (tmp_path / "guard.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["ids"]) for record in records] == [(2, list(range(4, 8)))] * len(broken)
+
+
 def test_figures_of_the_curves(start, tmp_path):
     module = stage(start, kl=PenaltySettings(0.1))
     logged: dict[str, Any] = {}
