@@ -207,6 +207,7 @@ class GRPOModule(BackboneStage):
         with self.drawing() as network:
             for one in chain.from_iterable(minibatches):
                 one.rollout = self.sample(network, one, step)
+        torch.clear_autocast_cache()  # casts of weights that were made to draw have no gradient
         return minibatches
 
     def plan(self, prompts: int) -> list[list[list[int]]]:
@@ -214,7 +215,8 @@ class GRPOModule(BackboneStage):
         if prompts < self.minibatches:
             raise UserError(
                 f"a batch of {prompts} prompts cannot make model.init_args.minibatches={self.minibatches} updates of "
-                "whole groups: set it lower, or data.init_args.batch_size higher."
+                "whole groups: set it lower, or data.init_args.batch_size higher; where it is the last batch of an "
+                "epoch that is too small, set data.init_args.drop_last to true."
             )
         size, most = self.rollout.group_size, self.rollout.batch_size
         bounds = [number * prompts // self.minibatches * size for number in range(self.minibatches + 1)]
