@@ -632,3 +632,12 @@ def test_a_checkpoint_of_the_other_method_is_refused(start, tmp_path):
     fit(stage(start, "nft"), tmp_path / "nft", 1)
     with pytest.raises(UserError, match="kept old policy, and this one keeps no earlier weights"):
         fit(stage(start), tmp_path / "grpo", 2, resume=last_checkpoint(tmp_path / "nft"))
+
+
+def test_another_type_of_the_reference_is_named(start, tmp_path):
+    penalty = PenaltySettings(0.1)
+    fit(stage(start, kl=penalty), tmp_path, 1)
+    with pytest.raises(
+        UserError, match=r"a reference in float32, and .* in bfloat16: set model\.init_args\.frozen_dtype"
+    ):
+        fit(stage(start, kl=penalty, frozen_dtype="bfloat16"), tmp_path, 2, resume=last_checkpoint(tmp_path))
