@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from distillation import same, write_teacher
-from policies import Seen, fit, is_number, stage
+from policies import Bright, Seen, fit, is_number, stage
 from torch.distributed.tensor import DTensor
 
 from zimage_lit.backbone.parallelize import ParallelizeSettings
+from zimage_lit.callbacks.reward_guard import RewardGuard
 from zimage_lit.lora import LoRASettings
 from zimage_lit.run_folder import last_checkpoint
 from zimage_lit.stages.grpo_settings import GroupRolloutSettings, PenaltySettings
@@ -41,9 +42,10 @@ def test_two_ranks_learn_as_one_process_does_and_go_on_exactly(pair, start, tmp_
     alone = fit(stage(start, way.partition("-")[0], **WAYS[way]), tmp_path / "alone", 4)
     both = pair(fit_sharded, start, way, tmp_path / "both", 4)
     for name in ("reward/bright", "train/loss", "train/diversity"):
-        means = [sum(pair_of) / 2 for pair_of in zip(*([f[name] for f in seen.figures] for seen in both), strict=True)]
+        means = [figures[name] for figures in both[0].figures]
         assert means == pytest.approx([figures[name] for figures in alone.figures], rel=2e-3, abs=1e-4)
     assert both[0].figures[0].get("train/ratio", 1.0) == both[1].figures[0].get("train/ratio", 1.0) == 1
+    assert both[0].figures == both[1].figures  # of all ranks together
     assert both[0].windows == both[1].windows == alone.windows
     assert both[0].forwards == both[1].forwards  # else ranks would wait for one another
     assert same(both[0].states[-1], both[1].states[-1])
@@ -59,6 +61,33 @@ def test_two_ranks_learn_as_one_process_does_and_go_on_exactly(pair, start, tmp_
     resumed = pair(fit_sharded, start, way, tmp_path / "torn", 4, last)
     assert [seen.figures for seen in resumed] == [seen.figures[2:] for seen in both]
     assert same(resumed[0].states[-1], both[0].states[-1])
+
+
+class OfPart(Bright):
+    """Has something to say of some prompts alone."""
+
+    def __init__(self, numbers: tuple[int, ...], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.numbers = numbers
+
+    def applies_to(self, prompt: str, metadata: Any) -> bool:
+        return metadata["number"] in self.numbers
+
+
+def fit_guarded(start: Path, folder: Path) -> tuple[list[dict[str, float]], list[float], dict[str, float]]:
+    """The second rank sees prompts 2 and 3, 6 and 7; the held-out reward judges in its first iteration alone."""
+    guard = RewardGuard("bright", "part", window=1)
+    module = stage(start)
+    held_out = OfPart((2,), name="part", held_out=True)
+    fit(module, folder, 2, callbacks=[Bright(), held_out, guard], strategy=FSDP2Strategy(), devices=2)
+    return module.seen.figures, list(guard.recent["held_out"]), dict(module.judged)
+
+
+def test_a_reward_that_judges_on_one_rank_is_known_on_all(pair, start, tmp_path):
+    (first, recent, judged), other = pair(fit_guarded, start, tmp_path)
+    assert (first, recent, judged) == other
+    assert recent == [first[0]["reward/part"]] and 0 <= recent[0] <= 255
+    assert "reward/part" not in first[1] and judged == {"bright": first[1]["reward/bright"]}
 
 
 def fit_with_everything(start: Path, folder: Path) -> tuple[Seen, set[torch.dtype]]:

@@ -118,7 +118,7 @@ def test_too_many_in_a_row_stop_the_run_and_its_checkpoint_is_whole(tmp_path):
     with pytest.raises(SharedError) as error:  # all ranks raise it, one says it
         fit(tmp_path, batches(bad=[1, 3, 4, 5]), guard, [checkpoint])
     text, last = str(error.value), tmp_path / "checkpoints/last.ckpt"
-    assert "3 steps in a row had a loss or gradient that is not finite, the last of them step 6" in text
+    assert "3 updates in a row had a loss or gradient that is not finite, the last of them at step 6" in text
     assert f"samples 0/10, 0/11); the last good checkpoint is {last}" in text and "\n" not in text
     stored = torch.load(last, weights_only=True)
     assert stored["global_step"] == 4 and all(torch.isfinite(w).all() for w in stored["state_dict"].values())

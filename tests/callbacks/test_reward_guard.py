@@ -15,25 +15,24 @@ from zimage_lit.run_folder import last_checkpoint
 
 
 class Scripted(lightning.LightningModule):
-    """Logs what two rewards are supposed to have said in each step."""
+    """Tells what two rewards are supposed to have said in each step; None: nothing was judged."""
 
-    def __init__(self, followed: list[float], gold: list[float]) -> None:
+    def __init__(self, followed: list[Any], gold: list[Any]) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.script = list(zip(followed, gold, strict=True))
+        self.judged: dict[str, float] = {}
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        followed, gold = self.script[self.global_step]
-        self.log_dict({"reward/brightness": followed, "reward/gold": gold})
+        told = dict(zip(("brightness", "gold"), self.script[self.global_step], strict=True))
+        self.judged = {name: value for name, value in told.items() if value is not None}
         return self.weight.sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def run(
-    folder: Path, followed: list[float], gold: list[float], resume: Path | None = None, weight: float = 1.0, **more
-):
+def run(folder: Path, followed: list[Any], gold: list[Any], resume: Path | None = None, weight: float = 1.0, **more):
     guard = RewardGuard("brightness", "gold", **{"window": 2, "fall": 0.12, **more})
     trainer = lightning.Trainer(
         max_steps=len(gold) if resume or len(gold) < 4 else 8, accelerator="cpu", logger=False, default_root_dir=folder,
@@ -74,6 +73,19 @@ def test_a_run_that_pleases_its_reward_alone_ends_and_names_the_last_good_checkp
 )
 def test_other_runs_go_on(tmp_path, followed, gold, more):
     assert run(tmp_path, followed, gold, **more) == 8
+
+
+def test_an_iteration_in_which_nothing_was_judged_is_no_iteration(tmp_path):
+    with pytest.warns(UserWarning, match="ends the run at step 8: since step 6"):  # one later than without the gap
+        assert run(tmp_path, [*RISES[:2], 9.0, *RISES[2:7]], [*HACKED[:2], None, *HACKED[2:7]]) == 8
+
+
+def test_a_stage_that_tells_nothing_is_refused(tmp_path):
+    trainer = lightning.Trainer(
+        logger=False, callbacks=[RewardGuard("brightness", "gold"), Brightness(), JPEGSize(name="gold", held_out=True)]
+    )
+    with pytest.raises(UserError, match="a LightningModule does not tell"):
+        RewardGuard("brightness", "gold").on_train_start(trainer, lightning.LightningModule())
 
 
 def test_less_is_better_where_the_weight_is_negative(tmp_path):

@@ -19,7 +19,7 @@ from zimage_lit.errors import SharedError, UserError, at_least_one
 from zimage_lit.files import write_atomically
 from zimage_lit.run_folder import last_checkpoint
 
-RECORDS = "guard.jsonl"  # in the run's folder: one line for each step that was skipped or stood out
+RECORDS = "guard.jsonl"  # in the run's folder: one line for each update that was skipped or stood out
 SHOWN = 8  # samples that a message names; the file names all
 
 
@@ -28,15 +28,17 @@ class Watch:
     """What a guard has seen of one optimiser."""
 
     losses: deque[float]  # finite ones, means over ranks and accumulated batches
-    in_a_row: int = 0  # steps that were skipped, the last of them now
+    in_a_row: int = 0  # updates that were skipped, the last of them now
 
 
 class StepGuard(Callback):
     """Skips an optimiser step whose loss or gradient norm is not a finite number on any rank, on all ranks alike.
 
     A skipped step leaves weights, their average and the optimiser's state as they were; the step's number and the
-    learning rate's schedule go on. With `max_skipped_in_a_row` of them the run stops. A loss above `spike_factor` times
-    the median of the last `spike_window` steps is written down, and its step taken; null turns that off.
+    learning rate's schedule go on. Where the trainer counts several updates as one step, each is judged by itself, and
+    the average follows where any was taken. With `max_skipped_in_a_row` skipped updates the run stops. A loss above
+    `spike_factor` times the median of the last `spike_window` updates is written down, and its step taken; null turns
+    that off.
 
     Both are counted (`guard/skipped`, `guard/spikes`) and written to `guard.jsonl` with the ids of the samples: those
     of all batches that the step accumulated, on the ranks whose own loss was at fault (on all, where only the gradient
@@ -58,9 +60,10 @@ class StepGuard(Callback):
         self.spike_window = at_least_one("StepGuard: spike_window", spike_window)
         self.skipped = self.spikes = 0
         self.watches: dict[int, Watch] = {}  # by the optimiser's place
-        self.step_was_skipped = False
+        self.taken = 0  # updates of the latest step of the trainer, which may have several
         self._losses: list[Tensor] = []  # of this rank since the last step, each divided by their number
         self._ids: list[Any] = []
+        self._is_done = False  # whether any update has been judged since the last batch began
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What an interrupted run wrote after the checkpoint that it continues from will happen again."""
@@ -71,6 +74,8 @@ class StepGuard(Callback):
             write_atomically(path, "".join(kept))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._is_done:
+            self.taken, self._ids, self._is_done = 0, [], False
         known = isinstance(batch, Mapping) and "ids" in batch
         self._ids += batch["ids"] if known else [f"all of batch {batch_idx}"]
 
@@ -87,15 +92,13 @@ class StepGuard(Callback):
     def on_gradient_norm(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer, norm: Tensor
     ) -> None:
-        """Judge the step that is about to be taken.   norm: of all gradients, over all ranks; not read before."""
+        """Judge the update that is about to be taken.   norm: of all gradients, over all ranks; not read before."""
         losses, norms = self.of_all_ranks(trainer, norm)
         loss, ids = sum(losses) / len(losses), self._ids
         place = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
         watch = self.watch(place)
-        last = place == len(trainer.optimizers) - 1  # the others learn from the same samples
-        self._losses, self._ids = [], [] if last else ids
-        self.step_was_skipped = not all(map(math.isfinite, losses + norms))
-        if self.step_was_skipped:
+        self._losses, self._is_done = [], True
+        if not all(map(math.isfinite, losses + norms)):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None  # what has no gradient is not touched, by any of torch's optimisers
@@ -105,6 +108,7 @@ class StepGuard(Callback):
             self.report(trainer, "skipped", place, loss, norms[0], at_fault or list(range(len(losses))), ids)
             return
         watch.in_a_row = 0
+        self.taken += 1
         usual = statistics.median(watch.losses) if len(watch.losses) >= self.spike_window / 4 else math.inf
         if self.spike_factor is not None and loss > self.spike_factor * usual:
             self.spikes += 1
@@ -153,14 +157,14 @@ class StepGuard(Callback):
         shown = ", ".join(map(str, ids[:SHOWN])) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
         told = f"loss {loss:.4g}, gradient norm {norm:.4g}, samples {shown}"
         if event == "spike":
-            rank_zero_warn(f"step {step} stands out: {told}")
+            rank_zero_warn(f"an update at step {step} stands out: {told}")
         elif in_a_row < self.max_skipped_in_a_row:
-            rank_zero_warn(f"step {step} is skipped, its loss or gradient is not finite: {told}")
+            rank_zero_warn(f"an update at step {step} is skipped, its loss or gradient is not finite: {told}")
         else:
             last = last_checkpoint(Path(trainer.default_root_dir))
             good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written before"
             raise SharedError(
-                f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last of them step "
+                f"{in_a_row} updates in a row had a loss or gradient that is not finite, the last of them at step "
                 f"{step} ({told}); {good}: lower the learning rate and continue from it with run.resume=PATH, or "
                 f"prepare the data without the samples that {path} names for a run of its own."
             )
@@ -192,6 +196,6 @@ def gathered(trainer: Trainer, own: list[Any]) -> list[list[Any]]:
 
 
 def step_was_skipped(trainer: Trainer) -> bool:
-    """Whether the last optimiser step was one that a StepGuard skipped: the weights are still those before it."""
+    """Whether a StepGuard skipped all updates of the trainer's last step: the weights are still those before it."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it without declaring it
-    return any(isinstance(callback, StepGuard) and callback.step_was_skipped for callback in callbacks)
+    return any(isinstance(callback, StepGuard) and callback.taken == 0 for callback in callbacks)

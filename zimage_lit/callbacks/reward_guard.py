@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -18,12 +17,13 @@ from zimage_lit.run_folder import last_checkpoint
 class RewardGuard(Callback):
     """Ends a run in which a reward that is followed has risen while a held-out one has fallen, since that was best.
 
-    Both are means over the last `window` iterations. The run ends as if `trainer.max_steps` had been reached, with a
-    sentence that names the last checkpoint until the best moment, if any was kept (`checkpoint.keep_every_n_steps`). A
-    reward of negative weight is better where it is lower, a held-out one as well.
+    Both are means over the last `window` iterations in which both judged a picture, on any rank. The run ends as if
+    `trainer.max_steps` had been reached, with a sentence that names the last checkpoint until the best moment, if any
+    was kept (`checkpoint.keep_every_n_steps`). A reward of negative weight is better where it is lower, a held-out one
+    as well.
 
-    followed, held_out: names of rewards (`reward/<name>` in the curves).   window: iterations.   fall: of the held-out
-        one, at which the run ends, in its own units.   rise: of the other at the same time.
+    followed, held_out: names of rewards (`reward/<name>` in the curves).   window: such iterations.   fall: of the
+        held-out one, at which the run ends, in its own units.   rise: of the other at the same time.
     """
 
     def __init__(self, followed: str, held_out: str, window: int = 20, fall: float = 0.05, rise: float = 0.0) -> None:
@@ -47,17 +47,18 @@ class RewardGuard(Callback):
                     f"{'held out' if role == 'held_out' else 'not held out'}; there are {listed(rewards)}."
                 )
             self.signs[role] = math.copysign(1.0, reward.weight)
+        if not hasattr(pl_module, "judged"):
+            raise UserError(
+                f"RewardGuard looks at what rewards say in each iteration, which a {type(pl_module).__name__} does not "
+                "tell: remove it from trainer.callbacks, or set model.class_path to zimage_lit.stages.GRPOModule."
+            )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        metrics = [trainer.callback_metrics.get(f"reward/{name}") for name in self.names.values()]
-        if any(value is None for value in metrics):  # nothing was judged yet
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        judged = pl_module.judged  # of all ranks together, so that they decide alike
+        if not all(name in judged for name in self.names.values()):
             return
-        own = torch.tensor([float(value) for value in metrics if value is not None], device=pl_module.device)
-        values = (
-            trainer.strategy.all_gather(own).reshape(-1, len(self.names)).mean(0).tolist()
-        )  # all ranks decide alike
-        for role, value in zip(self.names, values, strict=True):
-            self.recent[role].append(self.signs[role] * value)
+        for role, name in self.names.items():
+            self.recent[role].append(self.signs[role] * judged[name])
         if len(self.recent["held_out"]) == self.window:
             self.judge(trainer, {role: fmean(recent) for role, recent in self.recent.items()})
 

@@ -65,7 +65,9 @@ class Window:
 class Throughput(Callback):
     """Logs `throughput/…` whenever the run logs; all ranks together, over the steps since the last point.
 
-    images_per_second, tokens_per_second: what was trained on, tokens of images and captions without pads.
+    images_per_second, tokens_per_second: what was trained on, tokens of images and captions without pads. Counted in
+        the forwards that a backward pass follows, so a picture that is learnt from several times (the steps of a
+        roll-out, its noised copies, the winner and the loser of a pair) counts as often.
     tflops: per device, of the model's own work: forward, backward to the inputs, and to the weights that are trained;
         of stages that draw, compare or judge with networks as well, those forwards too.
     mfu: that as a share of the device's peak in bfloat16. Not shown where the peak is unknown, as on a CPU.

@@ -155,7 +155,7 @@ def win_rates(number: int, pairs: Sequence[tuple[int, int]], wins: Tensor) -> Te
 
     pairs: (first, second) of each comparison.   wins: (P,) that the first one won, in [0, 1]; NaN: not judged.
     """
-    total, count = torch.zeros(number), torch.zeros(number)
+    total, count = torch.zeros(2, number, dtype=torch.float32)
     for (first, second), won in zip(pairs, wins.tolist(), strict=True):
         if not math.isnan(won):
             total[first] += won

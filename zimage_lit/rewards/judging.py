@@ -6,7 +6,8 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -42,7 +43,7 @@ class Judge:
         Raises UserError for a required reward that fails, a result of the wrong form, and too many failures.
         """
         parts = self.parts(len(images), groups)
-        scores = torch.full((len(images),), math.nan)
+        scores = torch.full((len(images),), math.nan, dtype=torch.float32)
         for places in parts:
             chosen = take(images, places), take(prompts, places), take(metadata, places)
             if isinstance(self.reward, PairwiseReward):
@@ -90,7 +91,7 @@ class Judge:
                     f"{message}: mend it, or give it required: false, and pictures that it fails at are left out."
                 ) from error
             warnings.warn(f"{message}: {number} of its judgements are missing", stacklevel=2)
-            return torch.full((number,), math.nan)
+            return torch.full((number,), math.nan, dtype=torch.float32)
         return checked(self.reward.name, result, number)
 
     def count(self, invalid: int, number: int) -> None:
@@ -150,6 +151,18 @@ class TimeLimit:
         if error is not None:
             raise error
         return value
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Inside, tensors are made in float32, whatever the training's precision: under bf16-true they would be bfloat16,
+    in which scores that differ become alike."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def without_gradient(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from zimage_lit.errors import UserError
 from zimage_lit.objectives.policy import group_advantages
 from zimage_lit.rewards.contract import Metadata, RewardCallback, check_names, find_rewards
-from zimage_lit.rewards.judging import Judge, checked, take, told
+from zimage_lit.rewards.judging import Judge, checked, float32_by_default, take, told
 from zimage_lit.rewards.pictures import quantised
 from zimage_lit.rewards.record import RewardRecord
 
@@ -43,6 +43,7 @@ class RewardSet:
         """Those that training follows."""
         return [reward for reward in self.rewards if not reward.held_out]
 
+    @float32_by_default()
     def score(
         self,
         images: Sequence[Tensor],
@@ -85,7 +86,7 @@ class RewardSet:
         ids: Sequence[int] | None,
     ) -> Tensor:
         """One reward's scores (B,) on the CPU; only the pictures at `places` are shown to it."""
-        scores = torch.full((len(images),), math.nan)
+        scores = torch.full((len(images),), math.nan, dtype=torch.float32)
         if places:
             reward.prepare(images[0].device)
             shown = [images[place].detach().to(reward.device) for place in places]
@@ -109,7 +110,7 @@ class RewardSet:
         Raises UserError where no reward weighs.
         """
         self.check_any(self.weighing, "is not held out")
-        total = torch.zeros(len(group_ids), device=group_ids.device)
+        total = torch.zeros(len(group_ids), dtype=torch.float32, device=group_ids.device)
         for reward in self.weighing:
             advantages, _ = group_advantages(scores[reward.name].to(group_ids.device), group_ids, std, clip)
             total = total + reward.weight * advantages
@@ -125,6 +126,7 @@ class RewardSet:
         """Weighted sum of the differentiable rewards that are not held out, (B,) with the gradient of `images`."""
         return self.weighted_sum(self.differentiable_scores(images, prompts, metadata, step))
 
+    @float32_by_default()
     def differentiable_scores(
         self,
         images: Sequence[Tensor],
@@ -151,7 +153,7 @@ class RewardSet:
                     "rewards are differentiated: make it pointwise, or set held_out to true."
                 )
             places = [place for place in range(len(prompts)) if reward.applies_to(prompts[place], metadata[place])]
-            values = torch.full((len(images),), math.nan, device=images[0].device)
+            values = torch.full((len(images),), math.nan, dtype=torch.float32, device=images[0].device)
             if places:
                 reward.prepare(images[0].device)
                 judged = differentiate(reward, take(images, places), take(prompts, places), take(metadata, places))
@@ -180,6 +182,17 @@ class RewardSet:
                 found[f"reward/{name}_std"] = judged.std(correction=0).item()
             failed, pictures = self.judges[name].failures()
             found[f"reward/{name}_invalid"] = failed / max(pictures, 1)
+        return found
+
+    def logged_values(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `logged` is made of, (N,) each, for a stage that takes means over ranks; all names, whatever was
+        judged."""
+        found: dict[str, Tensor] = {}
+        for name, values in scores.items():
+            judged = values.detach()[~values.isnan()]
+            failed, pictures = self.judges[name].failures()
+            found |= {f"reward/{name}": judged, f"reward/{name}_std": judged}
+            found[f"reward/{name}_invalid"] = torch.arange(pictures) < failed
         return found
 
     def forget_after(self, step: int) -> None:

@@ -32,6 +32,7 @@ from zimage_lit.objectives.transitions import TRANSITIONS, Transition
 from zimage_lit.rewards import RewardSet
 from zimage_lit.rng import generator
 from zimage_lit.sampling.guidance import guided_velocity
+from zimage_lit.stages.figures import of_all_ranks
 from zimage_lit.stages.frozen_parts import check_text_to_image
 from zimage_lit.stages.gradients import clip_gradients
 from zimage_lit.stages.grpo_settings import (
@@ -129,6 +130,7 @@ class GRPOModule(BackboneStage):
         check_canvases(canvases)
         self.canvases = canvases
         self.rewards: RewardSet = None  # type: ignore[assignment]  # those of the trainer, once it starts
+        self.judged: dict[str, float] = {}  # reward -> mean of the latest iteration over all ranks, where it judged any
 
     # --------------------------------------------------------------------------------------------------- the trainer
 
@@ -175,12 +177,16 @@ class GRPOModule(BackboneStage):
         step, clock = self.trainer.fit_loop.epoch_loop.total_batch_idx, StopWatch(self.device)
         minibatches = self.draw(batch, step)
         clock.lap("rollout")
-        judgement, figures = self.judge(minibatches, batch, step)
+        judgement, values = self.judge(minibatches, batch, step)
         clock.lap("reward")
-        figures |= self.learn(minibatches, judgement, step)
+        values |= self.learn(minibatches, judgement, step)
         clock.lap("update")
-        self.log_dict(figures | clock.seconds, batch_size=len(batch["captions"]))
-        return {"loss": figures["train/loss"]}
+        values |= {name: torch.tensor([seconds]) for name, seconds in clock.seconds.items()}
+        figures = of_all_ranks(self.trainer, values)
+        names = {reward.name: f"reward/{reward.name}" for reward in self.rewards.rewards}
+        self.judged = {name: figures[key] for name, key in names.items() if key in figures}
+        self.log_dict(figures, batch_size=len(batch["captions"]))
+        return {"loss": torch.tensor(figures["train/loss"], dtype=torch.float32, device=self.device)}
 
     def draw(self, batch: dict[str, Any], step: int) -> list[list[Pack]]:
         """The roll-out: packs of pictures, those of a minibatch together; every rank has as many."""
@@ -201,6 +207,7 @@ class GRPOModule(BackboneStage):
         with self.drawing() as network:
             for one in chain.from_iterable(minibatches):
                 one.rollout = self.sample(network, one, step)
+        torch.clear_autocast_cache()  # casts of weights that were made to draw have no gradient
         return minibatches
 
     def plan(self, prompts: int) -> list[list[list[int]]]:
@@ -208,7 +215,8 @@ class GRPOModule(BackboneStage):
         if prompts < self.minibatches:
             raise UserError(
                 f"a batch of {prompts} prompts cannot make model.init_args.minibatches={self.minibatches} updates of "
-                "whole groups: set it lower, or data.init_args.batch_size higher."
+                "whole groups: set it lower, or data.init_args.batch_size higher; where it is the last batch of an "
+                "epoch that is too small, set data.init_args.drop_last to true."
             )
         size, most = self.rollout.group_size, self.rollout.batch_size
         bounds = [number * prompts // self.minibatches * size for number in range(self.minibatches + 1)]
@@ -241,8 +249,8 @@ class GRPOModule(BackboneStage):
 
     def judge(
         self, minibatches: list[list[Pack]], batch: dict[str, Any], step: int
-    ) -> tuple[Judgement, dict[str, Any]]:
-        """Ask the rewards; also figures for the curves."""
+    ) -> tuple[Judgement, dict[str, Tensor]]:
+        """Ask the rewards; also values (N,) for the curves."""
         size, settings = self.rollout.group_size, self.advantage
         clean = [sample for packs in minibatches for pack in packs for sample in pack.rollout.clean]
         known: dict[str, Any] = {name: batch[name] for name in ("captions", "metadata") if name in batch}
@@ -251,17 +259,17 @@ class GRPOModule(BackboneStage):
         judged = [scores[reward.name].to(groups.device) for reward in self.rewards.weighing]
         silent = torch.stack([policy.uninformative(values, groups) for values in judged])
         informative = (~silent & torch.stack([~values.isnan() for values in judged])).any(0)
-        figures = {
-            "train/advantage_std": advantages.std(correction=0).item(),
-            "train/zero_std_share": silent.all(0).float().mean().item(),
-            "train/diversity": policy.group_spread(clean, size).mean().item(),
+        values = {
+            "train/advantage_std": advantages,
+            "train/zero_std_share": silent.all(0),
+            "train/diversity": policy.group_spread(clean, size),
         }
-        return Judgement(advantages, informative), figures | self.rewards.logged(scores)
+        return Judgement(advantages, informative), values | self.rewards.logged_values(scores)
 
     # --------------------------------------------------------------------------------------------------- learning
 
-    def learn(self, minibatches: list[list[Pack]], judgement: Judgement, step: int) -> dict[str, Any]:
-        """All updates of an iteration; means of what was seen on the way."""
+    def learn(self, minibatches: list[list[Pack]], judgement: Judgement, step: int) -> dict[str, Tensor]:
+        """All updates of an iteration; values (N,) of what was seen on the way."""
         seen: dict[str, list[Tensor]] = defaultdict(list)
         terms = self.policy_terms if self.method == "grpo" else self.forward_process_terms
         for epoch in range(self.epochs):
@@ -279,8 +287,8 @@ class GRPOModule(BackboneStage):
             self.snapshots["old_policy"].follow(
                 forward_process.lag(step, self.nft.lag_flat, self.nft.lag_rate, self.nft.lag_largest)
             )
-        means = {f"train/{name}": torch.cat(values).mean() for name, values in seen.items()}
-        return means | ({"train/ratio_std": torch.cat(seen["ratio"]).std(correction=0)} if "ratio" in seen else {})
+        found = {f"train/{name}": torch.cat(values) for name, values in seen.items()}
+        return found | ({"train/ratio_std": found["train/ratio"]} if "ratio" in seen else {})
 
     def policy_terms(
         self, pack: Pack, judgement: Judgement, step: int, epoch: int

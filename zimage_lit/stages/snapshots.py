@@ -39,6 +39,7 @@ class Snapshot:
         self.trained, self.network, self.adapter = trained, network, adapter
         is_copy = kind == "fixed" and network is not trained
         self.fingerprint = base_fingerprint(network.state_dict()) if is_copy else ""
+        self.dtype = str(next(network.parameters()).dtype).removeprefix("torch.") if is_copy else ""
 
     @contextmanager
     def acting(self) -> Iterator[S3DiT]:
@@ -114,6 +115,13 @@ def check_snapshots(checkpoint: dict[str, Any], snapshots: Mapping[str, Snapshot
             f"{listed(snapshots)}: set the stage, its method and penalties back to what they were, or begin a new run "
             "from its weights with model.init_args.init_from."
         )
+    types: dict[str, str] = checkpoint.get("snapshot_types", {})
+    for name, snapshot in snapshots.items():
+        if types.get(name, snapshot.dtype) != snapshot.dtype:
+            raise UserError(
+                f"the checkpoint was trained beside a {name.replace('_', ' ')} in {types[name]}, and this run has it in "
+                f"{snapshot.dtype}: set model.init_args.frozen_dtype (or, where that is null, trainer.precision) back."
+            )
     if any(stored[name] != snapshot.fingerprint for name, snapshot in snapshots.items()):
         raise UserError(
             f"the checkpoint was trained beside another reference than the weights of init_from={init_from}: put the "

@@ -117,6 +117,7 @@ class BackboneStage(LightningModule):
         if self.lora:
             checkpoint["lora_base"] = self.lora_base
         checkpoint["snapshots"] = {name: snapshot.fingerprint for name, snapshot in self.snapshots.items()}
+        checkpoint["snapshot_types"] = {name: snapshot.dtype for name, snapshot in self.snapshots.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_base(checkpoint)
