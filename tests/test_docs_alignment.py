@@ -26,7 +26,7 @@ SMALL = {
     "quickstart": SMALL_TEACHER,
     "tiny/grpo": [
         *SHARED, *NO_SCORES, CURVES, "trainer.max_steps=1", "trainer.log_every_n_steps=1",
-        "data.init_args.batch_size=2", "model.init_args.rollout.group_size=3",
+        "model.init_args.minibatches=2", "model.init_args.rollout.group_size=3",
     ],
     "pairs": ["num_prompts=8", "samples_per_prompt=4", "num_inference_steps=1", "val_share=0.5", "device=cpu"],
     "tiny/dpo": [
