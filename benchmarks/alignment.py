@@ -73,7 +73,7 @@ class Arm:
 
 ARMS = (
     Arm("grpo", "online", GRPO),
-    Arm("nft", "online", GRPO, (NFT,)),
+    Arm("nft", "online", GRPO, (NFT, "model.init_args.kl.weight=0.5")),
     Arm("dpo", "offline", DPO),
     Arm("grpo-longer", "order", GRPO, times=1.6),  # as many forwards as DPO with its pairs and then GRPO
     Arm("dpo-longer", "order", DPO, times=2.4),
