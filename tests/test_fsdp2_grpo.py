@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from zimage_lit.backbone.parallelize import ParallelizeSettings
 from zimage_lit.callbacks.reward_guard import RewardGuard
+from zimage_lit.errors import UserError
 from zimage_lit.lora import LoRASettings
 from zimage_lit.run_folder import last_checkpoint
 from zimage_lit.stages.grpo_settings import GroupRolloutSettings, PenaltySettings
@@ -107,3 +108,15 @@ def test_all_options_work_on_shards(pair, start, tmp_path):
         assert types == {torch.bfloat16}
         assert all(map(is_number, seen.figures)) and seen.figures[0]["train/ratio_std"] > 0
     assert same(both[0][0].states[-1], both[1][0].states[-1])
+
+
+def refusal(start: Path, folder: Path, resume: Path) -> str:
+    with pytest.raises(UserError) as error:
+        fit(stage(start), folder, 2, resume, strategy=FSDP2Strategy(), devices=2)
+    return str(error.value)
+
+
+def test_a_checkpoint_of_the_other_method_is_refused_for_that(pair, start, tmp_path):
+    pair(fit_sharded, start, "nft", tmp_path, 1)
+    for message in pair(refusal, start, tmp_path / "grpo", last_checkpoint(tmp_path)):
+        assert "kept old policy, and this one keeps no earlier weights: set the stage, its method" in message

@@ -123,6 +123,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         checkpoint = read_checkpoint(path)
         assert self.lightning_module is not None
+        check_snapshots: Any = getattr(self.lightning_module, "check_snapshots", None)
+        if check_snapshots is not None:  # first: it knows why names differ
+            check_snapshots(checkpoint)
         check_weights(checkpoint["state_dict"], self.lightning_module.state_dict())
         if path.is_dir():
             self._load_folder(path, checkpoint)

@@ -20,6 +20,7 @@ from zimage_lit.objectives.transitions import (
     log_prob,
     ode,
     renoise,
+    velocity_weight,
 )
 from zimage_lit.sampling import schedules, solvers
 
@@ -213,6 +214,18 @@ def test_log_prob_is_that_of_the_normal_distribution(name, reduction):
     assert got.shape == (3,)
     for value, x, mean, std in zip(got, x_next, *transition, strict=True):
         torch.testing.assert_close(value, getattr(Normal(mean, std).log_prob(x), reduction)())
+
+
+@pytest.mark.parametrize("kernel", list(TRANSITIONS))
+@pytest.mark.parametrize(("sigma", "sigma_next"), [(1.0, 0.9), (0.7, 0.4), (0.2, 0.0)])
+def test_the_weight_of_the_velocity_is_the_derivative_of_the_mean(kernel, sigma, sigma_next):
+    x, v = torch.randn(2, 1, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v.requires_grad_()
+    (slope,) = torch.autograd.grad(TRANSITIONS[kernel](x, v, sigma, sigma_next, 0.6).mean.sum(), v)
+    weight = velocity_weight(kernel, sigma, sigma_next, 0.6)
+    torch.testing.assert_close(slope, torch.full_like(slope, weight))
+    if kernel == "flow_sde" and sigma < 1:
+        assert weight == pytest.approx((sigma - sigma_next) * (1 + 0.6**2 / 2))
 
 
 def test_log_prob_of_a_draw_has_the_expectation_of_its_entropy():

@@ -310,17 +310,22 @@ def test_the_penalty_is_zero_at_first(start, tmp_path):
         assert seen.figures[0]["train/kl"] == 0 < seen.figures[1]["train/kl"]
 
 
-def test_a_guarded_loss_is_divided_by_the_length_of_the_step(ready):
+@pytest.mark.parametrize("transition", ["cps", "dance_sde"])
+def test_a_guarded_loss_is_divided_by_the_weight_of_the_velocity(ready, transition):
     """At the first update a guarded ratio has std times the gradient of the plain one."""
     gradients = []
     module, batch = ready()
     judgement = Judgement(torch.linspace(-1, 1, SAMPLES * GROUP), torch.ones(SAMPLES * GROUP, dtype=torch.bool))
     for ratio in ("plain", "guard"):
-        module.grpo = PolicySettings(window=WindowSettings(1, 1, 1), ratio=ratio, level=0.5)
+        module.grpo = PolicySettings(transition, 0.5, WindowSettings(1, 1, 1), ratio=ratio)
         gradients.append(torch.cat([g.flatten() for g in gradients_of(module, batch, judgement)[0]]))
-    grid = sigmas(4, 3.0).tolist()
-    std = grid[2] * math.sin(math.pi / 4)
-    torch.testing.assert_close(gradients[1], gradients[0] * std / (grid[1] - grid[2]), rtol=1e-3, atol=1e-6)
+    _, sigma, after, *_ = sigmas(4, 3.0).tolist()
+    if transition == "cps":
+        std, weight = after * math.sqrt(0.5), (1 - after) * sigma - after * math.sqrt(0.5) * (1 - sigma)
+    else:
+        std = 0.5 * math.sqrt(sigma - after)
+        weight = (sigma - after) * (1 + 0.5**2 * (1 - sigma) / (2 * sigma))
+    torch.testing.assert_close(gradients[1], gradients[0] * std / weight, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["grpo", "nft"])

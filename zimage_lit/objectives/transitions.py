@@ -117,6 +117,16 @@ TRANSITIONS: dict[str, Callable[..., Transition[Any]]] = {
 }
 
 
+def velocity_weight(kernel: str, sigma: float, sigma_next: float, level: float) -> float:
+    """How much of the velocity is in a kernel's mean: the derivative d mean / d v, one number for a step.
+
+    It is h·(1 + level²/2) for flow_sde (at sigma < 1) and h for ode. A mean is linear in x and v, so its value at x = 0
+    and v = 1 tells.
+    """
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    return float(TRANSITIONS[kernel](x, torch.ones_like(x), sigma, sigma_next, level).mean)
+
+
 def draw(transition: Transition[Latents], noise: Latents) -> Latents:
     """The next latents, mean + std·noise; ``noise``: standard normal, shaped like the mean."""
     check_pairs(transition.mean, noise)

@@ -28,7 +28,7 @@ from zimage_lit.components import LatentCodec, TextEncoder
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.lora import LoRASettings
 from zimage_lit.objectives import flow_matching, forward_process, policy
-from zimage_lit.objectives.transitions import TRANSITIONS, Transition
+from zimage_lit.objectives.transitions import TRANSITIONS, Transition, velocity_weight
 from zimage_lit.rewards import RewardSet
 from zimage_lit.rng import generator
 from zimage_lit.sampling.guidance import guided_velocity
@@ -309,8 +309,8 @@ class GRPOModule(BackboneStage):
             else:
                 unchanged = torch.zeros_like(change)
                 losses, ratio, held = policy.clipped_policy_loss(change, unchanged, advantages, settings.clip_range)
-            if settings.ratio == "guard":  # its gradient is as long as the step
-                losses = losses / (levels[0] - levels[1])
+            if settings.ratio == "guard":  # its gradient is as long as the velocity's part in the step
+                losses = losses / velocity_weight(settings.transition, *levels, settings.noise_level)
             figures = {"ratio": ratio, "clip_fraction": held.float()}
             if self.kl.weight:
                 with self.snapshots["reference"].acting() as network:

@@ -121,8 +121,12 @@ class BackboneStage(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_base(checkpoint)
-        check_snapshots(checkpoint, self.snapshots, self.init_from)
+        self.check_snapshots(checkpoint)
         check_continues(checkpoint, self.backbone, self.optimizer_settings)
+
+    def check_snapshots(self, checkpoint: dict[str, Any]) -> None:
+        """UserError where a checkpoint was trained beside other earlier weights than those here."""
+        check_snapshots(checkpoint, self.snapshots, self.init_from)
 
     def check_base(self, checkpoint: dict[str, Any]) -> None:
         """UserError where the adapters of a checkpoint were trained on other frozen weights than those here."""
