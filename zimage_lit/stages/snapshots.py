@@ -120,7 +120,7 @@ def check_snapshots(checkpoint: dict[str, Any], snapshots: Mapping[str, Snapshot
         if types.get(name, snapshot.dtype) != snapshot.dtype:
             raise UserError(
                 f"the checkpoint was trained beside a {name.replace('_', ' ')} in {types[name]}, and this run has it "
-                f"in {snapshot.dtype}: set model.init_args.frozen_dtype (or, where that is null, trainer.precision) back."
+                f"in {snapshot.dtype}: set model.init_args.frozen_dtype (where that is null, trainer.precision) back."
             )
     if any(stored[name] != snapshot.fingerprint for name, snapshot in snapshots.items()):
         raise UserError(
