@@ -466,7 +466,7 @@ def test_the_trainer_counts_iterations_whatever_updates_they_have(start, tmp_pat
     for packs in module.plan(5):
         assert sum(map(len, packs)) % GROUP == 0 and all(len(pack) <= 5 for pack in packs)
     assert sorted(place for packs in module.plan(5) for pack in packs for place in pack) == list(range(15))
-    with pytest.raises(UserError, match="1 prompts cannot make .* set data.init_args.drop_last to true"):
+    with pytest.raises(UserError, match=r"1 prompts cannot make .* set data.init_args.drop_last to true"):
         module.plan(1)
 
 
