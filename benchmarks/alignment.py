@@ -14,7 +14,6 @@ judging.py says. The bars stand in BARS and were fixed before the first arm ran.
 seed-N/GROUPS.json.
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -158,12 +157,7 @@ class Bench:
             *(f"trainer.callbacks.{name}=null" for name in ("score", "fidelity", "report")),
             *(word for word in self.overrides if not word.startswith("trainer.max_steps=")),
         ]
-        if arm.control:  # another class takes none of the settings by itself
-            init_args = compose(words[0], words[1:])["model"]["init_args"]
-            words.append(
-                f"model={json.dumps({'class_path': f'{CONTROL_MODULE}.{arm.control}', 'init_args': init_args})}"
-            )
-        return words
+        return judging.with_stage(words, f"{CONTROL_MODULE}.{arm.control}") if arm.control else words
 
     def make_pairs(self) -> None:
         """Of the base's own pictures, drawn as it is served."""

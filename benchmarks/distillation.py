@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from evaluation.fidelity.comparison import Estimate, compare, ratio
-from zimage_lit.config import compose
 from zimage_lit.pipeline import ZImagePipeline
 
 sys.path.insert(0, str(Path(__file__).parent))  # where class paths of the controls are found
@@ -138,11 +137,7 @@ class Bench:
             *(f"trainer.callbacks.{name}=null" for name in ("score", "fidelity", "report")),
             *self.overrides,
         ]
-        if arm.control:  # another class takes none of the settings by itself
-            init_args = compose(words[0], words[1:])["model"]["init_args"]
-            model = {"class_path": f"{CONTROL_MODULE}.{arm.control}", "init_args": init_args}
-            words.append(f"model={json.dumps(model)}")
-        return words
+        return judging.with_stage(words, f"{CONTROL_MODULE}.{arm.control}") if arm.control else words
 
     def rewarded(self, weight: float) -> list[str]:
         folder, config = self.folder / judging.REWARD_CLASSIFIER, judging.REWARD_CONFIG

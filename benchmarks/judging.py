@@ -29,6 +29,7 @@ from evaluation.fidelity.tinyworld_classifier import ClassifierConfig, TinyWorld
 from zimage_lit import cli
 from zimage_lit.callbacks.distribution_score import BATCH, picture_set, reconstructed
 from zimage_lit.callbacks.tinyworld_score import is_right
+from zimage_lit.config import compose
 from zimage_lit.files import write_atomically
 from zimage_lit.pipeline import ZImagePipeline
 from zimage_lit.rewards.tinyworld_likelihood import log_likelihoods
@@ -58,6 +59,12 @@ def lightning_run(words: Sequence[str]) -> None:
     print(f"\n$ lightning run {shlex.join(words)}", flush=True)
     if code := cli.main(["run", *words], program="lightning"):
         sys.exit(code)
+
+
+def with_stage(words: list[str], class_path: str) -> list[str]:
+    """An arm with another class as its stage: that takes none of the experiment's settings by itself."""
+    init_args = compose(words[0], words[1:])["model"]["init_args"]
+    return [*words, f"model={json.dumps({'class_path': class_path, 'init_args': init_args})}"]
 
 
 def benchmark_options(description: str | None, groups: Iterable[str], folder: str, start: str) -> argparse.Namespace:
