@@ -28,8 +28,8 @@ from zimage_lit.sampling import sigmas
 from zimage_lit.sampling.guidance import guided, guided_velocity
 from zimage_lit.sampling.solvers import SOLVERS
 from zimage_lit.stages.distillation_settings import DynamicGuidanceSettings, ObjectiveSettings, RolloutSettings
-from zimage_lit.stages.frozen_parts import check_text_to_image, picture_latents, prepare_frozen_parts
-from zimage_lit.stages.gradients import clip_gradients
+from zimage_lit.stages.frozen_parts import caption_features, check_text_to_image, picture_latents, prepare_frozen_parts
+from zimage_lit.stages.gradients import back_propagate, clip_gradients
 from zimage_lit.stages.initial_weights import backbone_config, check_weights, located, store_of
 from zimage_lit.stages.optimizers import (
     LearningRate,
@@ -277,7 +277,7 @@ class DMDRModule(LightningModule):
         generated = self.generate(batch, step)
         losses, figures = self.student_losses(generated, batch, step)
         loss = losses.mean()
-        self.back_propagate(loss)
+        back_propagate(self, loss)
         norm = self.take_step("student")
         figures |= {"student_loss": loss, "student_gradient_norm": norm, **moments("student", generated.clean)}
         self.student_figures = {f"train/{name}": value.detach() for name, value in figures.items()}
@@ -289,7 +289,7 @@ class DMDRModule(LightningModule):
         """One step of the fake score on the samples of the student; returns its loss."""
         with self.roles.acting(FAKE) as network:
             loss = self.fake_losses(network, generated, step).mean()
-            self.back_propagate(loss)
+            back_propagate(self, loss)
         norm = self.take_step(FAKE)
         if self.objective.ida is not None:
             fake, student = (map(local, self.roles.trained(role).values()) for role in (FAKE, "student"))
@@ -297,10 +297,6 @@ class DMDRModule(LightningModule):
         self.log("train/fake_loss", loss, prog_bar=True)
         self.log("train/fake_gradient_norm", norm)
         return loss.detach()
-
-    def back_propagate(self, loss: Tensor) -> None:
-        with torch.autocast(self.device.type, enabled=False):  # it is for forwards
-            self.manual_backward(loss)
 
     def take_step(self, role: str) -> Tensor:
         """Clip, let callbacks judge, step, and forget the gradients; returns their norm before clipping."""
@@ -325,7 +321,7 @@ class DMDRModule(LightningModule):
         Where gradients are on they are those of the last forward alone.
         """
         check_text_to_image(batch, "DMDRModule", pictures=False)
-        features = self.encode_captions(batch)
+        features = caption_features(self.text_encoder, batch)
         grid = sigmas(self.rollout.num_inference_steps, self.rollout.shift)
         index = int(torch.randint(len(grid) - 1, (), generator=generator(self.seed, "train/step_index", step)))
         noise = self.noise(self.shapes(batch), "noise", step)
@@ -413,7 +409,7 @@ class DMDRModule(LightningModule):
         """Roll out groups with noise, score what comes out, and learn from some of the stochastic steps."""
         shapes = [shape for shape in self.shapes(batch) for _ in range(settings.group_size)]
         batch = repeated(batch, settings.group_size)
-        features = self.encode_captions(batch)
+        features = caption_features(self.text_encoder, batch)
         grid = sigmas(self.rollout.num_inference_steps, self.rollout.shift)
         eta = settings.eta if self.rollout.sampler == "euler" else 1.0
         drawn = roll_out(
@@ -511,10 +507,6 @@ class DMDRModule(LightningModule):
         return [torch.randn(shape, generator=draw, dtype=torch.float32).to(self.device) for shape in shapes]
 
     # --------------------------------------------------------------------------------------------------- data
-
-    def encode_captions(self, batch: dict[str, Any]) -> list[Tensor]:
-        """Features (L_i, D) of a batch's captions."""
-        return batch["caption_features"] if "caption_features" in batch else self.text_encoder.encode(batch["captions"])
 
     def shapes(self, batch: dict[str, Any]) -> list[tuple[int, ...]]:
         """(C, H, W) of the latents to draw: those of the batch's pictures, else of the canvases."""

@@ -21,7 +21,7 @@ from zimage_lit.objectives import flow_matching, preference
 from zimage_lit.objectives.timesteps import TimestepLaw
 from zimage_lit.rewards import find_rewards
 from zimage_lit.rng import generator
-from zimage_lit.stages.frozen_parts import check_preference, picture_latents
+from zimage_lit.stages.frozen_parts import caption_features, check_preference, picture_latents
 from zimage_lit.stages.optimizers import OptimizerSettings
 from zimage_lit.stages.snapshots import FrozenType
 from zimage_lit.stages.stage import BackboneStage
@@ -157,7 +157,7 @@ class DPOModule(BackboneStage):
         The randomness depends on (seed, phase, step, rank) alone. Winners and losers are in one forward.
         """
         winners, losers = self.latents(batch)
-        features = batch.get("caption_features") or self.text_encoder.encode(batch["captions"])
+        features = caption_features(self.text_encoder, batch)
         t, noise = self.times_and_noise(winners, phase, step)
         inputs = (
             flow_matching.interpolate(noise, winners, t) + flow_matching.interpolate(noise, losers, t),

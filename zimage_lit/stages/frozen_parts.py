@@ -60,6 +60,11 @@ def check_preference(names: Collection[str], stage: str) -> None:
         )
 
 
+def caption_features(text_encoder: TextEncoder, batch: Mapping[str, Any]) -> list[Tensor]:
+    """Features (L_i, D) of a batch's captions: those of the data where they have them."""
+    return batch["caption_features"] if "caption_features" in batch else text_encoder.encode(batch["captions"])
+
+
 @torch.no_grad()
 def picture_latents(
     codec: LatentCodec, batch: Mapping[str, Any], device: torch.device, role: str = "image"

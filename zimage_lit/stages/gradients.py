@@ -24,3 +24,9 @@ def clip_gradients(
         if hasattr(callback, "on_gradient_norm"):
             callback.on_gradient_norm(stage.trainer, stage, optimizer, norm)
     return norm
+
+
+def back_propagate(stage: Any, loss: Tensor) -> None:
+    """The backward of a stage that takes its steps by itself."""
+    with torch.autocast(stage.device.type, enabled=False):  # it is for forwards
+        stage.manual_backward(loss)

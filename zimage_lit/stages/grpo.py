@@ -33,8 +33,8 @@ from zimage_lit.rewards import RewardSet
 from zimage_lit.rng import generator
 from zimage_lit.sampling.guidance import guided_velocity
 from zimage_lit.stages.figures import of_all_ranks
-from zimage_lit.stages.frozen_parts import check_text_to_image
-from zimage_lit.stages.gradients import clip_gradients
+from zimage_lit.stages.frozen_parts import caption_features, check_text_to_image
+from zimage_lit.stages.gradients import back_propagate, clip_gradients
 from zimage_lit.stages.grpo_settings import (
     AdvantageSettings,
     ForwardProcessSettings,
@@ -192,7 +192,7 @@ class GRPOModule(BackboneStage):
         """The roll-out: packs of pictures, those of a minibatch together; every rank has as many."""
         size = self.rollout.group_size
         shapes = latent_shapes(batch, self.canvases, self.codec.downsample, self.config.in_channels)
-        captions = self.encode_captions(batch)
+        captions = caption_features(self.text_encoder, batch)
         empty = self.text_encoder.encode([""]) if self.rollout.guidance_scale != 1 else None
         window = range(0)
         if self.method == "grpo":
@@ -278,7 +278,7 @@ class GRPOModule(BackboneStage):
                 passes = len(packs[0].window) if self.method == "grpo" else self.nft.times
                 for pack in packs:
                     for losses, figures in terms(pack, judgement, step, epoch):
-                        self.back_propagate(losses.sum() / (samples * passes))
+                        back_propagate(self, losses.sum() / (samples * passes))
                         for name, values in {"loss": losses, **figures}.items():
                             seen[name].append(values.detach())
                 is_last = (epoch, number) == (self.epochs - 1, len(minibatches) - 1)
@@ -355,10 +355,6 @@ class GRPOModule(BackboneStage):
                 losses = losses + self.kl.weight * figures["kl"]
             yield losses, figures
 
-    def back_propagate(self, loss: Tensor) -> None:
-        with torch.autocast(self.device.type, enabled=False):  # it is for forwards
-            self.manual_backward(loss)
-
     def take_step(self, is_last: bool) -> Tensor:
         """Clip, let callbacks judge, step, and forget the gradients; returns their norm before clipping.
 
@@ -376,10 +372,6 @@ class GRPOModule(BackboneStage):
         return norm
 
     # --------------------------------------------------------------------------------------------------- small things
-
-    def encode_captions(self, batch: dict[str, Any]) -> list[Tensor]:
-        """Features (L_i, D) of a batch's captions."""
-        return batch["caption_features"] if "caption_features" in batch else self.text_encoder.encode(batch["captions"])
 
     def sources(self, places: list[int], purpose: str, step: int) -> list[torch.Generator]:
         """A generator for each picture of this device's roll-out, whatever it is packed with."""
