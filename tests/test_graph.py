@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,7 +72,7 @@ def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What stages were asked to run, without running it."""
+    """What stages were asked to run, without running it and without MLflow."""
     commands: list[list[str]] = []
 
     def run(words: list[str], environment: object) -> int:
@@ -80,6 +82,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return 0
 
     monkeypatch.setattr(graph_run, "run_command", run)
+    logger = SimpleNamespace(run_id="1", tracking_uri="sqlite:///no.db")
+    monkeypatch.setattr(graph_run, "tracked", lambda graph: nullcontext(logger))
     return commands
 
 
