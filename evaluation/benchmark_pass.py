@@ -71,7 +71,7 @@ class BenchmarkPass:
         if not any(places):
             return [{"lost": MISSING}] * len(places)
         entry = sightings.get(self.sighting(places))
-        return entry and entry["seen"]
+        return entry["seen"] if entry else None
 
     def load(self, places: Sequence[Place | None]) -> list[Image.Image | str]:
         return self.pictures.load(places)

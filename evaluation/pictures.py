@@ -1,7 +1,7 @@
 """Pictures of a model as they lie in a folder: found by their names, cut out of grids, decoded, told apart by a hash.
 
-Two layouts are read: our own, `<prompt id>/<image>.png`, and the one that the benchmark's own tools write. Files may end
-in .png, .jpg, .jpeg or .webp.
+Two layouts are read: our own, `<prompt id>/<image>.png`, and the one that the benchmark's own tools write. Files may
+end in .png, .jpg, .jpeg or .webp.
 """
 
 import io
@@ -65,9 +65,8 @@ class PictureFolder:
 
     def state(self, places: Sequence[Place | None]) -> list[list[Any] | None]:
         """What must be as it was for a prompt's pictures to be the same: names, cells, sizes and times of change."""
-        return [
-            None if place is None else [self.name(place), place.cell, *_size_and_time(place.file)] for place in places
-        ]
+        found = [None if place is None else (place, place.file.stat()) for place in places]
+        return [one and [self.name(one[0]), one[0].cell, one[1].st_size, one[1].st_mtime_ns] for one in found]
 
     def name(self, place: Place) -> str:
         """A picture's file below the folder."""
@@ -79,14 +78,13 @@ class PictureFolder:
         pictures = [MISSING if place is None else self._picture(place, files[place.file]) for place in places]
         if not self.compressed:
             return pictures
-        kept = {
-            place.cell: one for place, one in zip(places, pictures, strict=True) if place and not isinstance(one, str)
-        }
-        if not any(place.cut for place in places if place) and kept:
+        pairs = list(zip(places, pictures, strict=True))
+        kept = {place.cell: one for place, one in pairs if place and not isinstance(one, str)}
+        if kept and not any(place.cut for place in places if place):
             kept = _through_a_grid(kept, next(place.shape for place in places if place))
         return [
             one if isinstance(one, str) or place is None else _reencoded(kept[place.cell], "JPEG")
-            for place, one in zip(places, pictures, strict=True)
+            for place, one in pairs
         ]
 
     def _picture(self, place: Place, picture: Image.Image | str) -> Image.Image | str:
@@ -109,9 +107,9 @@ class PictureFolder:
             pattern = pattern.removeprefix("images/")
         matches = [path for path in self.folder.glob(pattern) if path.suffix.lower() in ENDINGS]
         if planned.cell and len({path.parent for path in matches}) > 1:
+            examples = " and ".join(str(path) for path in sorted(matches)[:2])
             raise UserError(
-                f"{self.folder} holds pictures of several models, such as {' and '.join(map(str, sorted(matches)[:2]))}: "
-                "leave one model's alone in it."
+                f"{self.folder} holds pictures of several models, such as {examples}: leave one model's alone in it."
             )
         return sorted(matches, key=lambda path: ([int(number) for number in re.findall(r"\d+", path.stem)], path.name))
 
@@ -125,11 +123,6 @@ def picture_hash(picture: Image.Image) -> str:
 
 def _with_any_ending(path: Path) -> Path | None:
     return next((found for ending in ENDINGS if (found := path.with_suffix(ending)).is_file()), None)
-
-
-def _size_and_time(file: Path) -> tuple[int, int]:
-    known = file.stat()
-    return known.st_size, known.st_mtime_ns
 
 
 def _decoded(file: Path) -> Image.Image | str:

@@ -154,10 +154,8 @@ def _images(work: BenchmarkPass, prompt: Prompt, seen: list[Seen]) -> list[dict[
         folder = folder.relative_to(work.folder.resolve())
     images = []
     for place, picture in zip(work.places(prompt), seen, strict=True):
-        image: dict[str, Any] = {
-            "file": place and str(folder / work.pictures.name(place)),
-            "sha256": picture.get("sha256"),
-        }
+        file = None if place is None else str(folder / work.pictures.name(place))
+        image: dict[str, Any] = {"file": file, "sha256": picture.get("sha256")}
         if place and place.cut:
             image["cell"] = [*place.cell, *place.shape]
         images.append(image | ({"lost": picture["lost"]} if "lost" in picture else {}))
