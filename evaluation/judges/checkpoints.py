@@ -31,7 +31,9 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def read_pickle(file: str | Path, mmap: bool = False) -> Any:
-    """What `torch.save` has written, on the CPU.   mmap: tensors are read when they are used, where the file's format allows it.
+    """What `torch.save` has written, on the CPU.
+
+    mmap: tensors are read when they are used, where the file's format allows it.
 
     UserError for a file that is absent, broken, or holds more than tensors and plain values.
     """

@@ -51,7 +51,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04torn")
     with pytest.raises(UserError, match=r"torn\.pth cannot be read"):
         read_pickle(tmp_path / "torn.pth")
-    with pytest.raises(UserError, match="neither model.safetensors nor"):
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
         read_folder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):

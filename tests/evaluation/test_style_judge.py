@@ -124,7 +124,9 @@ def test_the_converted_tower_computes_what_openais_does(tower: Tower) -> None:
 
 @torch.no_grad()
 def test_csd_projects_for_style(tower: Tower, folder: Path) -> None:
-    projection = torch.load(folder / "checkpoint.pth", weights_only=False)["model_state_dict"]["module.last_layer_style"]
+    projection = torch.load(folder / "checkpoint.pth", weights_only=False)["model_state_dict"][
+        "module.last_layer_style"
+    ]
     expected = normalize(tower(pixels(picture(4))) @ projection, dim=-1)[0]
     found = CSDEncoder(str(folder / "checkpoint.pth"), torch.device("cpu"))(picture(4))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
