@@ -131,7 +131,7 @@ def _header(file: Path) -> _Header:
     try:
         with Image.open(file) as picture:
             return _Header(file, picture.size, picture.format in LOSSY)
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{file} is no picture that can be read ({error}): draw it again or take it out.") from None
 
 
@@ -194,10 +194,10 @@ def features(
 
 
 def _read(file: Path) -> tuple[bytes, Image.Image]:
-    content = file.read_bytes()
     try:
+        content = file.read_bytes()
         return content, Image.open(BytesIO(content)).convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for files broken in one way or another
         raise UserError(f"{file} is broken ({error}): draw it again or take it out.") from None
 
 
@@ -319,7 +319,7 @@ def _comparable(extractor: str, weights: Mapping[str, Any] | None) -> dict[str, 
     """Whether other people's values can stand beside these, as far as the network goes."""
     reasons = []
     if extractor != INCEPTION:
-        reasons.append(f"the features are {extractor}'s, not Inception's.")
+        reasons.append(f"the features are of {extractor}, not of {INCEPTION}.")
     elif weights is not None and not weights["sha256"].startswith(INCEPTION_SHA256):
         reasons.append(f"the Inception is not the one of {INCEPTION_URL}.")
     return {"verdict": not reasons, "reasons": reasons}

@@ -18,14 +18,15 @@ from zimage_lit.files import read_json
 
 # What training scripts leave beside the weights: their arguments, and learning rates that are NumPy's numbers, under
 # the names that these have had. None of it runs code.
-HARMLESS = [
+NUMBER = np.float64(0).__reduce__()[0]  # makes one of NumPy's numbers of its bytes
+HARMLESS: list[Any] = [
     argparse.Namespace,
     np.dtype,
     type(np.dtype(np.float32)),
     type(np.dtype(np.float64)),
     type(np.dtype(np.int64)),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (NUMBER, "numpy._core.multiarray.scalar"),
+    (NUMBER, "numpy.core.multiarray.scalar"),
 ]
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -31,17 +31,19 @@ from zimage_lit.pipeline import usable_device
 SIDE = 224  # pixels of what the networks see; pictures are squeezed to a square
 WEIGHTS_URL = "https://github.com/ssundaram21/dreamsim/releases (v0.2.0-checkpoints, dreamsim_ensemble_checkpoint.zip)"
 DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"
-DINO = (
-    "checkpoints/dino_vitbase16_pretrain.pth",
-    "dino_vitbase16_pretrain.pth",
-)  # where the package leaves it, or flat
+# where the package leaves it, or beside the others
+DINO = ("checkpoints/dino_vitbase16_pretrain.pth", "dino_vitbase16_pretrain.pth")
 CLIPS = ("clip_vitb16_pretrain.pth.tar", "open_clip_vitb16_pretrain.pth.tar")
 ADDITIONS = ("ensemble_lora/adapter_model.safetensors", "ensemble_lora/adapter_model.bin")
 ADDITIONS_CONFIG = "ensemble_lora/adapter_config.json"
 ADDITION = re.compile(r".*\bextractor_list\.(\d+)\.model\.(.+)\.lora_B\.weight")  # of which network, to what
 SIZES = {"width": 768, "layers": 12, "patch": 16}  # of each of the three
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of what DINO has seen
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+CLIPS_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+PIXELS = {  # network, in the ensemble's order -> mean and deviation of what it has learnt on
+    "dino": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": CLIPS_PIXELS,
+    "open_clip": CLIPS_PIXELS,
+}
 HEAD_WIDTH = 64
 
 
@@ -96,7 +98,7 @@ class DreamSimJudge:
         return Ensemble(ensemble_files(self.folder), usable_device(self.device))
 
     def _differs(self, files: Mapping[str, Path]) -> str:
-        for role in ("dino", "clip", "open_clip"):
+        for role in PIXELS:
             sizes = vit_sizes(vit_tensors(files[role], mmap=True)[0], files[role])
             if sizes != SIZES:
                 return f"its {role} has {sizes}, DreamSim's {SIZES}"
@@ -108,12 +110,12 @@ class Ensemble:
 
     def __init__(self, files: Mapping[str, Path], device: torch.device) -> None:
         additions = attention_additions(files["additions"], files["config"])
-        self.networks = []
-        for place, (role, (mean, deviation)) in enumerate((("dino", IMAGENET), ("clip", CLIP), ("open_clip", CLIP))):
+        self.networks: list[tuple[transforms.Normalize, Any, Tensor | None]] = []
+        for place, (role, (mean, deviation)) in enumerate(PIXELS.items()):
             network, projection = vision_transformer(role, files[role], additions.get(place, {}))
             shown = transforms.Normalize(mean, deviation)
             self.networks.append((shown, network.to(device), None if projection is None else projection.to(device)))
-        unknown = additions.keys() - {0, 1, 2}
+        unknown = additions.keys() - set(range(len(PIXELS)))
         if unknown:
             raise UserError(f"{files['additions']} adds to networks that DreamSim's ensemble has not: {unknown}.")
         square = transforms.Resize((SIDE, SIDE), transforms.InterpolationMode.BICUBIC)
@@ -142,6 +144,8 @@ def vision_transformer(role: str, file: Path, additions: Mapping[str, Tensor]) -
 
     tensors, projection = vit_tensors(file)
     sizes = vit_sizes(tensors, file)
+    if (projection is None) != (role == "dino"):
+        raise UserError(f"{file} is not DreamSim's {role}: download it again from {WEIGHTS_URL}.")
     network = VisionTransformer(
         img_size=SIDE,
         patch_size=sizes["patch"],

@@ -112,9 +112,10 @@ class LLM2CLIPTowers:
         config = CLIPVisionConfig.from_dict(read_json(Path(folder) / "config.json").get("vision_config", {}))
         config.projection_dim = len(vision["visual_projection.weight"])
         self.device = device
-        self.vision = filled(CLIPVisionModelWithProjection(config), vision, folder).to(device)
+        network: Any = CLIPVisionModelWithProjection(config)
+        self.vision = filled(network, vision, folder).to(device)
         self.adapter = TextAdapter.of(adaptor, folder).to(device)
-        side = config.image_size
+        side = network.config.image_size
         # the values of openai/clip-vit-large-patch14-336 for 336 pixels, resized by Pillow as at the benchmark's time
         self.prepare = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
@@ -176,15 +177,15 @@ class BidirectionalLlama:
     def __init__(self, folder: str, device: torch.device) -> None:
         from transformers import AutoTokenizer, LlamaModel
 
-        settings = {"local_files_only": True, "dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+        settings: dict[str, Any] = {"local_files_only": True, "dtype": torch.bfloat16, "use_safetensors": True}
+        settings |= {"attn_implementation": "sdpa", "output_loading_info": True}
         try:
-            self.network, report = LlamaModel.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, **settings
-            )
+            loaded: Any = LlamaModel.from_pretrained(folder, **settings)
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(f"{folder} cannot be loaded as a Llama with its tokenizer ({reason}).") from error
+        self.network, report = loaded
         misfits = [str(name) for kind in ("missing_keys", "mismatched_keys") for name in report[kind]]
         if misfits:
             raise UserError(f"{folder} does not hold the Llama that its config.json describes: see {some(misfits)}.")
@@ -212,5 +213,5 @@ class BidirectionalLlama:
 
 def sizes_differ(config: Mapping[str, Any], sizes: Mapping[str, int], model: str) -> str:
     """Why a network with a config.json cannot be `model`, empty if it can."""
-    other = {name: config.get(name) for name, size in sizes.items() if config.get(name) != size}
-    return f"it has {other} where {model} has { ({name: sizes[name] for name in other}) }" if other else ""
+    found = {name: config.get(name) for name in sizes}
+    return "" if found == sizes else f"its network has {found}, {model} {dict(sizes)}"

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision import transforms
 
@@ -159,14 +159,14 @@ class CSDEncoder:
 class StyleEncoder:
     """A picture -> normalised features (D,) in bfloat16. UserError for a folder that holds no such network.
 
-    folder: config.json and safetensors of a CLIPVisionModelWithProjection.
+    folder: config.json and weights of a CLIPVisionModelWithProjection.
     """
 
     def __init__(self, folder: str, device: torch.device) -> None:
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        network = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(encoder_config(folder)))
+        network: Any = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(encoder_config(folder)))
         tensors = read_folder(folder)
         tensors.pop("vision_model.embeddings.position_ids", None)  # older files hold these counted numbers too
         self.network = filled(network, tensors, folder).to(device, torch.bfloat16)
@@ -209,7 +209,7 @@ def tower_sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {"width": width, "layers": layers, "patch": patch, "side": grid * patch}
 
 
-def openai_tower(tensors: Mapping[str, Tensor], source: str) -> nn.Module:
+def openai_tower(tensors: Mapping[str, Tensor], source: str) -> Any:
     """OpenAI's CLIP picture tower, by the names of its own package (clip/model.py), as transformers' CLIPVisionModel.
 
     What the projection is applied to is its `pooler_output`. UserError for tensors that do not fit.
@@ -260,10 +260,10 @@ def read_references(stem: Path) -> dict[str, Tensor]:
     pickled, plain = stem.with_name(f"{stem.name}.pt"), stem.with_name(f"{stem.name}.npy")
     if plain.is_file() and not pickled.is_file():
         try:
-            names, features = json.loads(stem.with_name(f"{stem.name}_keys.json").read_text()), np.load(plain)
-        except (OSError, ValueError) as error:
+            names = json.loads(stem.with_name(f"{stem.name}_keys.json").read_text())
+            return dict(zip(names, torch.from_numpy(np.load(plain)), strict=True))
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{plain} and its _keys.json cannot be read ({error}): download them again.") from None
-        return dict(zip(names, torch.from_numpy(features), strict=True))
     found = read_pickle(pickled)
     if not isinstance(found, dict) or not all(
         torch.is_tensor(tensor) and tensor.ndim == 2 for tensor in found.values()

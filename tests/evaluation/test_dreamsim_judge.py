@@ -175,6 +175,9 @@ def test_what_is_missing_or_something_else_is_named(folder: Path, tmp_path: Path
     with pytest.raises(UserError, match="asks for use_rslora"):
         DreamSimJudge(str(tmp_path), "cpu").judge(asked)
     shutil.copy(folder / "ensemble_lora" / "adapter_config.json", config)
+    shutil.copy(folder / FILES[0], tmp_path / FILES[1])
+    with pytest.raises(UserError, match=r"clip_vitb16_pretrain\.pth\.tar is not DreamSim's clip"):
+        DreamSimJudge(str(tmp_path), "cpu").judge(asked)
     torch.save({"state_dict": {"weight": torch.ones(1)}}, tmp_path / FILES[1])
     with pytest.raises(UserError, match=r"clip_vitb16_pretrain\.pth\.tar holds no vision transformer"):
         DreamSimJudge(str(tmp_path), "cpu").judge(asked)

@@ -163,7 +163,10 @@ def test_the_result_says_how_it_was_made(folders: tuple[Path, Path], result: dic
         **{"prc_neighborhood": 3, "rng_seed": 2020},
     }
     assert result["extractor"]["layers"] == {"isc": "logits", "fid": "colours", "kid": "colours", "prc": "colours"}
-    assert result["comparable"] == {"verdict": False, "reasons": ["the features are colours's, not Inception's."]}
+    assert result["comparable"] == {
+        "verdict": False,
+        "reasons": ["the features are of colours, not of inception-v3-compat."],
+    }
     assert result["notes"] == ["the folders have 30 and 34 pictures: FID depends on both numbers."]
     assert FidelitySettings() == FidelitySettings(None, 10, 100, 1000, 3, 2020)  # torch-fidelity's
     again = fidelity(*folders, settings=SETTINGS, extractor="colours", device="cpu")
@@ -175,7 +178,7 @@ def test_a_folder_is_at_no_distance_from_itself(folders: tuple[Path, Path]) -> N
     assert found["fid"]["value"] == pytest.approx(0, abs=1e-6)
     assert found["precision"]["value"] == found["recall"]["value"] == 1
     assert found["precision"]["high"] == 1 > found["precision"]["low"]
-    assert found["kid"]["value"] <= 0  # a picture is among its own neighbours, but is no pair of its own set
+    assert found["kid"]["value"] <= 0  # KID pairs no picture with itself within a set, but across the sets it does
 
 
 def test_few_pictures_have_smaller_subsets_and_say_so(folders: tuple[Path, Path]) -> None:

@@ -7,13 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmark_files import official
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from evaluation.judges.contract import Asked
-from evaluation.judges.style import CSDEncoder, StyleJudge, openai_tower, read_references, references_digest
+from evaluation.judges.style import (
+    FILES,
+    REFERENCES,
+    CSDEncoder,
+    StyleJudge,
+    openai_tower,
+    read_references,
+    references_digest,
+)
 from zimage_lit.errors import UserError
 
 WIDTH, LAYERS, PATCH, SIDE, FEATURES = 128, 2, 8, 32, 12
@@ -176,6 +185,16 @@ def test_references_are_the_same_pickled_and_plain(folder: Path, tmp_path: Path)
     plain = read_references(tmp_path / "SE_embed")
     assert references_digest(plain) == references_digest(pickled)
     assert all(torch.equal(plain[name], pickled[name].float()) for name in names)
+
+
+def test_the_benchmarks_references_are_known() -> None:
+    folder = official("oneig") / "scripts" / "style"
+    for name, file in FILES.items():
+        references = read_references(folder / file)
+        assert references_digest(references) == REFERENCES[name]
+        assert len(references) == 29 and {len(features) for features in references.values()} == {3}
+        lengths = torch.cat([features.float().norm(dim=-1) for features in references.values()])
+        assert (lengths - 1).abs().max() < 4e-3  # normalised, those of `se` in bfloat16
 
 
 def test_what_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
