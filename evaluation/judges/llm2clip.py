@@ -4,10 +4,10 @@ Huang et al., arXiv 2411.04997. The picture goes through CLIP ViT-L/14 at 336 pi
 through a Llama 3 8B that attends in both directions, whose last states are averaged, and through an adapter.
 
 Read, not run, since the published weights are not here: modeling_clip.py of microsoft/LLM2CLIP-Openai-L-14-336
-(revision 9251233, in a public copy) for the adapter and the names of its tensors; modeling_llama_encoder.py of the Llama's repository,
-a Llama whose attention is not causal; McGill-NLP/llm2vec (llm2vec.py) for how texts are put, cut and averaged; the
-benchmark's scripts/utils/inference.py for how they are put together. The benchmark's own copy of llm2vec could not be
-read. Tested on small networks of the same classes: each part against a second way to compute it.
+(revision 9251233, in a public copy) for the adapter and the names of its tensors; modeling_llama_encoder.py of the
+Llama's repository, a Llama whose attention is not causal; McGill-NLP/llm2vec (llm2vec.py) for how texts are put, cut
+and averaged; the benchmark's scripts/utils/inference.py for how they are put together. The benchmark's own copy of
+llm2vec could not be read. Tested on small networks of the same classes: each part against a second way to compute it.
 
 The benchmark computes the Llama in bfloat16 and the rest from weights in bfloat16 under CUDA's autocast. Here the
 Llama is in bfloat16 too, and the rest in float32 from the same rounded weights; how far that moves a cosine has not
