@@ -1,0 +1,12 @@
+"""Reports of evaluations, made from their result folders alone: nothing is drawn, judged or scored here.
+
+anchors.py       what has been published of five models
+results.py       result folders as they are read
+words.py         what judges said of a prompt, in words
+difference.py    two models, prompt by prompt
+contents.py      all that a report tells, as plain data: report.json
+page.py          the same as HTML, with pictures
+markdown.py      the same as Markdown
+write.py         the three files
+mlflow.py        the same in MLflow: metrics, a table with a row a prompt, the page
+"""
