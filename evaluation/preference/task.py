@@ -30,6 +30,7 @@ from evaluation.preference.votes import Vote, read_votes
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import write_atomically
 from zimage_lit.pages import document
+from zimage_lit.tables import html_table, markdown_table, markdown_text, with_interval
 
 RESULTS_OF = {  # rate -> how the model fared in the votes that count for it
     "good": ("good",),
@@ -194,19 +195,13 @@ def rates(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def told(score: float, low: float | None, high: float | None, digits: int, times: float = 1) -> str:
-    """A number with its interval."""
-    ends = "" if low is None or high is None else f" [{low * times:.{digits}f}, {high * times:.{digits}f}]"
-    return f"{score * times:.{digits}f}{ends}"
-
-
 def tables(result: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """What both pages show: tables with their titles, each with a row of headings first."""
     models = [line["model"] for line in result["ratings"]]
     rating_rows = [["model", "rating", "votes", "wins", "losses", "neither"]] + [
         [
             line["model"],
-            told(line["rating"], line["ci_low"], line["ci_high"], 0),
+            with_interval(line["rating"], line["ci_low"], line["ci_high"], 0),
             *(str(line[name]) for name in ("votes", "wins", "losses", "neither")),
         ]
         for line in result["ratings"]
@@ -215,7 +210,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
         [
             pair["model"],
             pair["against"],
-            *(told(*(pair[name][part] for part in ("score", "ci_low", "ci_high")), 1, 100) for name in RESULTS_OF),
+            *(with_interval(*(pair[name][part] for part in ("score", "ci_low", "ci_high")), 1, 100) for name in RESULTS_OF),
             str(pair["votes"]),
             str(pair["both_bad"]),
         ]
@@ -235,18 +230,14 @@ def sentences(result: dict[str, Any]) -> list[str]:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    parts = ["# Preference", *sentences(result)]
-    for title, (head, *rows) in tables(result):
-        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-        parts += [f"## {title}", "\n".join(f"| {' | '.join(line)} |" for line in cells)]
+    parts = ["# Preference", *map(markdown_text, sentences(result))]
+    for title, rows in tables(result):
+        parts += [f"## {title}", markdown_table(rows)]
     return "\n\n".join(parts) + "\n"
 
 
 def as_page(result: dict[str, Any]) -> str:
     parts = ["<h1>Preference</h1>", *(f"<p>{escape(sentence)}</p>" for sentence in sentences(result))]
-    for title, (head, *rows) in tables(result):
-        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-        headings = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-        parts.append(f"<h2>{title}</h2><table><tr>{headings}</tr>{body}</table>")
+    for title, rows in tables(result):
+        parts.append(f"<h2>{title}</h2>{html_table(rows)}")
     return document("Preference", "".join(parts))

@@ -167,7 +167,8 @@ def test_the_file_becomes_tables(tmp_path):
     assert page == as_page(result) and text == as_markdown(result)
     assert "we &lt;b&gt;" in page and "<b>" not in page and "they\\|them" in text
     best = result["ratings"][0]
-    assert f"| {best['model']} | {best['rating']:.0f} [{best['ci_low']:.0f}, {best['ci_high']:.0f}] |" in text
+    shown = f"{best['rating']:.0f} [{best['ci_low']:.0f}, {best['ci_high']:.0f}] | {best['votes']} |"
+    assert best["model"] == names["a"] and f"| we \\<b> | {shown}" in text
 
 
 GOOD = vote()._asdict()
