@@ -1,7 +1,7 @@
 """Ratings from wins: the model of Bradley & Terry (1952), fitted to all votes at once.
 
-Model i is preferred to model j with probability 1 / (1 + 10^((r_j − r_i)/400)). The ratings r maximise the likelihood of
-the wins, a tie being half a win for each; their mean is 1000. Unlike Elo's, they do not depend on the votes' order.
+Model i is preferred to model j with probability 1 / (1 + 10^((r_j − r_i)/400)). The ratings r maximise the likelihood
+of the wins, a tie being half a win for each; their mean is 1000. Unlike Elo's, they do not depend on the votes' order.
 
 Such ratings exist if and only if the models cannot be split into two groups of which one never lost to the other (Ford
 1957). Where they can, `PRIOR_TIES` drawn votes are added to every pair that was compared, which draws the ratings

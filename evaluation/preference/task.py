@@ -41,7 +41,7 @@ RESULTS_OF = {  # rate -> how the model fared in the votes that count for it
 DECIMALS = 6  # of ratings in the file: beyond them, machines differ
 INTERVALS = "95 %: ratings by the bootstrap over prompts, rates by Wilson's interval clustered by prompt"
 EXPLANATION = (
-    f"Bradley–Terry ratings: {SCALE:.0f} points are odds of ten to one, the mean of the models here is {CENTRE:.0f}, so "
+    f"Bradley–Terry ratings: {SCALE:.0f} points are odds of ten to one, the mean of the models here is {CENTRE:.0f}; "
     "they compare these models with each other and not with ratings of other arenas. Ties and pairs of which both are "
     f"bad count as half a win for each. Intervals: {INTERVALS}."
 )
@@ -74,9 +74,9 @@ def rated(votes: Sequence[Vote], resamples: int = 1000, seed: int = 0) -> dict[s
 
     `ratings`: the models, best first, each with `rating`, `ci_low` and `ci_high` (None for votes on one prompt alone),
     `votes` and the number of `wins`, `losses` and of votes for `neither`; `prior`: how ratings were kept finite, empty
-    where they are so by themselves; `pairs`: for every model against every other the rates of RESULTS_OF, each with score,
-    n, ci_low and ci_high, and `votes`, `tie`, `both_bad` (counts); `wins`: model -> other -> votes that preferred it;
-    `votes`, `prompts`, `annotators` (counts), `interval`, `resamples`, `seed`.
+    where they are so by themselves; `pairs`: for every model against every other the rates of RESULTS_OF, each with
+    score, n, ci_low and ci_high, and `votes`, `tie`, `both_bad` (counts); `wins`: model -> other -> votes that
+    preferred it; `votes`, `prompts`, `annotators` (counts), `interval`, `resamples`, `seed`.
     """
     models = sorted({name for vote in votes for name in (vote.model_a, vote.model_b)})
     by_prompt = wins_by_prompt(votes, models)
@@ -210,7 +210,10 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
         [
             pair["model"],
             pair["against"],
-            *(with_interval(*(pair[name][part] for part in ("score", "ci_low", "ci_high")), 1, 100) for name in RESULTS_OF),
+            *(
+                with_interval(*(pair[name][part] for part in ("score", "ci_low", "ci_high")), 1, 100)
+                for name in RESULTS_OF
+            ),
             str(pair["votes"]),
             str(pair["both_bad"]),
         ]

@@ -48,8 +48,8 @@ def _anchors(names: tuple[str, ...], lines: Mapping[str, tuple[float, ...]], **r
 
 _ONEIG = ("alignment", "text", "reasoning", "style", "diversity", "overall")
 _ONEIG_REMARK = (
-    "Overall is the plain mean of the five dimensions, a convention of the Qwen-Image report; diversity rewards noise, so "
-    "overall alone says little."
+    "Overall is the plain mean of the five dimensions, a convention of the Qwen-Image report; diversity rewards noise, "
+    "so overall alone says little."
 )
 _LONGTEXT_REMARK = "Only Qwen2.5-VL-7B as the reader is comparable; word accuracy by OCR is another measure."
 
@@ -57,9 +57,9 @@ PUBLISHED: Mapping[str, Published] = {
     "geneval": Published(
         1,
         2,
-        "Rewriting the prompts moves GenEval by several points: 0.871 with Qwen-Image's prompts as they are, 0.836 with "
-        "its demo's rewriter (issue 197 of its repository). Whether prompts were rewritten for the Z-Image report is not "
-        "published.",
+        "Rewriting the prompts moves GenEval by several points: Qwen-Image has 0.871 with the prompts as they are, "
+        "0.836 with its demo's rewriter (issue 197 of its repository). Whether prompts were rewritten for the Z-Image "
+        "report is not published.",
         _anchors(
             ("single_object", "two_object", "counting", "colors", "position", "color_attr", "overall"),
             {
@@ -76,8 +76,8 @@ PUBLISHED: Mapping[str, Published] = {
     "cvtg2k": Published(
         1,
         4,
-        "The average is over words, so it is not the mean of the columns by number of places. PaddleOCR 3 reads otherwise "
-        "than 2.10 and is not comparable.",
+        "Overall is over words, so it is not the mean of those by number of places. PaddleOCR 3 reads otherwise than "
+        "2.10 and is not comparable.",
         _anchors(
             ("areas/2", "areas/3", "areas/4", "areas/5", "overall", "ned", "clip_score"),
             {
@@ -140,12 +140,11 @@ PUBLISHED: Mapping[str, Published] = {
     "dpg": Published(
         100,
         2,
-        "The least reproducible of these benchmarks: five models that were measured again came out 0.9 to 6.3 points below "
-        "their published numbers. Categories are printed from the last picture and answers as they are (mode official), "
-        "so they are higher than the overall score.",
+        "The least reproducible of these benchmarks: five models that were measured again came out 0.9 to 6.3 points "
+        "below their published numbers. Categories are taken from the last picture and from answers as they are (mode "
+        "official), so they are higher than the overall score.",
         _anchors(
-            ("categories/global", "categories/entity", "categories/attribute", "categories/relation")
-            + ("categories/other", "overall"),
+            (*(f"categories/{name}" for name in ("global", "entity", "attribute", "relation", "other")), "overall"),
             {
                 "Z-Image": (93.39, 91.22, 93.16, 92.22, 91.52, 88.14),
                 "Z-Image-Turbo": (91.29, 89.59, 90.14, 92.16, 88.68, 84.86),
