@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from evaluation.benchmarks import cvtg2k, dpg, geneval, longtext, oneig
+from evaluation.benchmarks import cvtg2k, dpg, geneval, longtext, oneig, tinyworld
 from evaluation.benchmarks.protocol import Judged, Question
 from evaluation.judges.contract import JudgeRecord
 
@@ -31,6 +31,7 @@ MODULES: Mapping[str, ModuleType] = {
     "oneig-en": oneig,
     "oneig-zh": oneig,
     "dpg": dpg,
+    "tinyworld-en": tinyworld,
 }
 TITLES = {
     "geneval": "GenEval",
@@ -38,8 +39,9 @@ TITLES = {
     "longtext": "LongText-Bench",
     "oneig": "OneIG-Bench",
     "dpg": "DPG-Bench",
+    "tinyworld": "TinyWorld",
 }
-WHOLE = {"geneval": 553, "cvtg2k": 2000, "longtext": 160, "oneig": 1120, "dpg": 1065}  # prompts
+WHOLE = {"geneval": 553, "cvtg2k": 2000, "longtext": 160, "oneig": 1120, "dpg": 1065, "tinyworld": 350}  # prompts
 
 
 def result_folder(
@@ -49,11 +51,12 @@ def result_folder(
     skill: float = 0.7,
     number: int = 12,
     lost: Sequence[int] = (),
+    draw: bool = True,
     **more: Any,
 ) -> Path:
     """A folder `root`/`key` of `number` prompts; `lost`: those (by place) of which the last picture is missing.
 
-    `more` goes into result.json: comparable=…, pictures=….
+    draw: whether there are files of the pictures; without them it is quicker. `more` goes into result.json.
     """
     benchmark, _, language = key.partition("-")
     module = MODULES[key]
@@ -61,9 +64,12 @@ def result_folder(
     lines: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
     for place, prompt in enumerate(PROMPTS[benchmark](number, language)):
-        line, own = judged_prompt(module, prompt, place, model, skill, place in lost, folder)
+        line, own = judged_prompt(module, prompt, model, skill, place in lost)
         lines.append(line)
         records += own
+        for image in line["images"] if draw else ():
+            if "lost" not in image:
+                draw_picture(folder / image["file"], f"{model} {image['file']}")
     result = {
         "benchmark": benchmark,
         "language": language or None,
@@ -95,9 +101,9 @@ def result_folder(
 
 
 def judged_prompt(
-    module: ModuleType, prompt: Mapping[str, Any], place: int, model: str, skill: float, lose: bool, folder: Path
+    module: ModuleType, prompt: Mapping[str, Any], model: str, skill: float, lose: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(the prompt's line in prompts.jsonl, its records); writes its pictures."""
+    """(the prompt's line in prompts.jsonl, its records)."""
     plan = module.plan([prompt])
     lost = {len(plan) - 1: "the file is missing"} if lose else {}
     judgements: list[Judged] = []
@@ -107,7 +113,11 @@ def judged_prompt(
         judgements.append(Judged(question, said))
     records = module.records(prompt, judgements, lost)
     verdicts = module.score(records, "fixed")["records"]
-    images = [image(folder, planned, place, model, lost.get(planned.image)) for planned in plan]
+    images = []
+    for planned in plan:
+        sha256_hex = sha256(f"{model} {planned.file}".encode()).hexdigest()
+        known = {"sha256": None, "lost": lost[planned.image]} if planned.image in lost else {"sha256": sha256_hex}
+        images.append({"file": f"images/{planned.file}", **known})
     line = {
         "prompt_id": plan[0].prompt_id,
         "prompt": prompt["prompt"],
@@ -123,27 +133,27 @@ def judged_prompt(
     return line, records
 
 
-def image(folder: Path, planned: Any, place: int, model: str, reason: str | None) -> dict[str, Any]:
-    """A picture of its own colours with the prompt's words on it, and its line."""
-    name = f"images/{planned.file}"
-    if reason:
-        return {"file": name, "sha256": None, "lost": reason}
-    dice = random.Random(f"{model} {planned.file}")
+def draw_picture(path: Path, label: str) -> None:
+    """A picture of colours of its own, with the label on it."""
+    dice = random.Random(label)
     picture = Image.new("RGB", (SIZE, SIZE), tuple(dice.randrange(90, 256) for _ in range(3)))
     draw = ImageDraw.Draw(picture)
     for _ in range(4):
         x, y, r = dice.randrange(SIZE), dice.randrange(SIZE), dice.randrange(12, 50)
         draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(dice.randrange(256) for _ in range(3)))
-    draw.text((6, SIZE - 22), f"{model} {place}/{planned.image}", "black", font=ImageFont.load_default(14))
-    path = folder / name
+    draw.text((6, SIZE - 22), label[-24:], "black", font=ImageFont.load_default(14))
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
-    return {"file": name, "sha256": sha256(path.read_bytes()).hexdigest()}
 
 
 def answer(question: Question, prompt: Mapping[str, Any], dice: random.Random, skill: float) -> dict[str, Any]:
     """What a judge says of a picture that is right with the chance `skill`."""
     if question.role == "detector":
+        return {"detections": detections(prompt["metadata"], dice, skill)}
+    if question.role == "verifier" and prompt["metadata"]["tag"] == "word":
+        correct = dice.random() < skill
+        return {"read": prompt["metadata"]["text"] if correct else "OX", "correct": correct}
+    if question.role == "verifier":
         return {"detections": detections(prompt["metadata"], dice, skill)}
     if question.role == "ocr":
         words = [word for word in prompt["gt_words"] if dice.random() < skill]
@@ -280,7 +290,14 @@ def dpg_prompts(number: int, language: str) -> list[dict[str, Any]]:
     return found
 
 
+def tinyworld_prompts(number: int, language: str) -> list[dict[str, Any]]:
+    found = tinyworld.prompts(language, per_task=-(-number // len(tinyworld.TASKS)))
+    by_turns = sorted(found, key=lambda prompt: prompt["index"] % (len(found) // len(tinyworld.TASKS)))
+    return by_turns[:number]
+
+
 PROMPTS = {
+    "tinyworld": tinyworld_prompts,
     "geneval": geneval_prompts,
     "cvtg2k": cvtg2k_prompts,
     "longtext": longtext_prompts,
