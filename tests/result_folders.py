@@ -78,8 +78,9 @@ def result_folder(
         "pictures": {
             "source": "model",
             "model": f"outputs/{model}",
-            "width": 1024,
-            "height": 1024,
+            "width": SIZE,
+            "height": SIZE,
+            "sizes": {f"{SIZE}x{SIZE}": sum("lost" not in image for line in lines for image in line["images"])},
             "num_inference_steps": 28,
             "guidance_scale": 4.0,
             "prompt_rewriter": None,
@@ -105,7 +106,7 @@ def judged_prompt(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(the prompt's line in prompts.jsonl, its records)."""
     plan = module.plan([prompt])
-    lost = {len(plan) - 1: "the file is missing"} if lose else {}
+    lost = {len(plan) - 1: "missing"} if lose else {}
     judgements: list[Judged] = []
     for question in module.questions(prompt, len(plan)):
         dice = random.Random(f"{model} {plan[0].prompt_id} {question.role} {question.pictures} {question.question}")
@@ -116,8 +117,9 @@ def judged_prompt(
     images = []
     for planned in plan:
         sha256_hex = sha256(f"{model} {planned.file}".encode()).hexdigest()
-        known = {"sha256": None, "lost": lost[planned.image]} if planned.image in lost else {"sha256": sha256_hex}
-        images.append({"file": f"images/{planned.file}", **known})
+        found = {"file": f"images/{planned.file}", "sha256": sha256_hex}
+        gone = {"file": None, "sha256": None, "lost": lost.get(planned.image)}
+        images.append(gone if planned.image in lost else found)
     line = {
         "prompt_id": plan[0].prompt_id,
         "prompt": prompt["prompt"],

@@ -140,13 +140,13 @@ def remarks(result: Result, lost: int) -> list[str]:
         told.append(f"A slice: {part['prompts']:,} of the benchmark's {part['of']:,} prompts.")
     pictures = result.result["pictures"]
     if pictures.get("source") != "model":
-        told.append("The pictures were given: whether prompts were rewritten, steps and seeds are not known here.")
-    elif pictures.get("prompt_rewriter"):
-        told.append(f"The prompts were rewritten by {pictures['prompt_rewriter']}.")
-    else:
-        told.append("The prompts were drawn as they are, not rewritten.")
-    if sizes := sizes_of(result):
-        told.append(f"Pictures of {', '.join(sizes)} pixels.")
+        told.append("The pictures were there already: what is said of how they were made is the user's word.")
+    rewriter = pictures.get("prompt_rewriter")
+    told.append(f"Prompts were rewritten by {rewriter}." if rewriter else "Prompts were not rewritten.")
+    if sizes := pictures.get("sizes"):
+        commonest = sorted(sizes, key=lambda size: (-sizes[size], size))
+        named = commonest if len(sizes) == 1 else [f"{size} ({sizes[size]:,} of them)" for size in commonest]
+        told.append(f"Pictures have {', '.join(named)} pixels.")
     if lost:
         total = sum(len(line["images"]) for line in result.prompts)
         told.append(
@@ -154,15 +154,6 @@ def remarks(result: Result, lost: int) -> list[str]:
             f"{without_them(result.result['scores'])}."
         )
     return told
-
-
-def sizes_of(result: Result) -> list[str]:
-    """The pictures' sizes, as "1024 × 1024"; where there are several, with the number of each, the commonest first."""
-    found = Counter(size for line in result.prompts for image in line["images"] if (size := result.size(image)))
-    named = [(f"{width} × {height}", number) for (width, height), number in sorted(found.items())]
-    if len(named) == 1:
-        return [named[0][0]]
-    return [f"{name} ({number})" for name, number in sorted(named, key=lambda size: -size[1])]
 
 
 def without_them(scores: Mapping[str, Mapping[str, Any]]) -> str:

@@ -111,6 +111,8 @@ def settings_that_differ(first: Mapping[str, Any], second: Mapping[str, Any]) ->
         told.append("They were evaluated on different parts of the benchmark: only prompts of both are compared.")
     for key in sorted(first["pictures"].keys() | second["pictures"].keys()):
         values = [result["pictures"].get(key, "not given") for result in (first, second)]
-        if values[0] != values[1] and key != "model":
-            told.append(f"Pictures were made with another {key}: {values[0]} and {values[1]}.")
+        if key == "sizes":  # not how many pictures have them
+            values = [", ".join(sorted(result["pictures"].get(key, ()))) for result in (first, second)]
+        if values[0] != values[1] and key not in ("model", "images"):
+            told.append(f"Pictures differ in {key}: {values[0]} and {values[1]}.")
     return told

@@ -65,7 +65,7 @@ def compared(benchmark: Contents, difference: Contents) -> list[str]:
 
 
 def prompt_line(shown: Contents) -> str:
-    files = ", ".join(image["file"] for image in shown["images"])
+    files = ", ".join(image["file"] or "none" for image in shown["images"])
     return f"{shown['prompt_id']} ({shown['score']:.3f}): {shown['prompt']} — {' '.join(shown['said'])} Files: {files}"
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from zimage_lit.errors import UserError
 from zimage_lit.files import parse_json, read_json
@@ -44,23 +44,18 @@ class Result:
     def model(self) -> str:
         return str(self.result["model"])
 
-    def size(self, image: Mapping[str, Any]) -> tuple[int, int] | None:
-        """(width, height) of one of a prompt's `images`, without reading more of the file than that needs."""
-        try:
-            with Image.open(self.folder / image["file"]) as opened:
-                return None if image.get("lost") else opened.size
-        except OSError:
-            return None
-
     def picture(self, image: Mapping[str, Any]) -> Image.Image | None:
-        """One of a prompt's `images`, RGB; None where it is lost, or its file is there no more."""
+        """One of a prompt's `images`, RGB, cut out of its grid; None where it is lost, or its file is there no more."""
         if image.get("lost"):
             return None
         try:
             with Image.open(self.folder / image["file"]) as opened:
-                return opened.convert("RGB")
-        except OSError:
+                picture = ImageOps.exif_transpose(opened).convert("RGB")
+        except (OSError, SyntaxError, ValueError):
             return None
+        row, column, rows, columns = image.get("cell", (0, 0, 1, 1))
+        width, height = picture.width // columns, picture.height // rows
+        return picture.crop((column * width, row * height, (column + 1) * width, (row + 1) * height))
 
 
 def read_results(folders: Sequence[Path]) -> list[Result]:

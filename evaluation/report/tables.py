@@ -126,4 +126,6 @@ def listed(settings: Mapping[str, Any]) -> str:
 
 
 def told(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return listed(value)
     return "none" if value is None else str(value)

@@ -6,7 +6,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from result_folders import MODULES, result_folder
 
 from evaluation.report.anchors import PUBLISHED
@@ -212,10 +214,22 @@ def test_verdicts_are_shown(folders: list[Path], tmp_path: Path) -> None:
     page = Page(write_report([good], tmp_path / "report"))
     assert {"class": "yes"} in page.all("span") and {"class": "no"} not in page.all("span")
     assert "Judges, prompts and counting are the benchmark's own." in page.text and "A slice" not in page.text
-    given = change(good, tmp_path / "b", pictures={"source": "images"})
-    assert "The pictures were given: whether prompts were rewritten" in Page(write_report([given], tmp_path / "r")).text
-    rewritten = change(good, tmp_path / "c", pictures={"source": "model", "prompt_rewriter": "a rewriter"})
-    assert "The prompts were rewritten by a rewriter." in Page(write_report([rewritten], tmp_path / "s")).text
+    pictures = {"source": "images", "prompt_rewriter": "a rewriter", "sizes": {"64x64": 1, "96x64": 1200}}
+    given = Page(write_report([change(good, tmp_path / "b", pictures=pictures)], tmp_path / "r")).text
+    assert "The pictures were there already" in given and "Prompts were rewritten by a rewriter." in given
+    assert "Pictures have 96x64 (1,200 of them), 64x64 (1 of them) pixels." in given
+    assert "Prompts were not rewritten. Pictures have 192x192 pixels." in page.text
+
+
+def test_a_picture_is_cut_out_of_its_grid(folders: list[Path], tmp_path: Path) -> None:
+    grid = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(grid).save(tmp_path / "grid.png")
+    result = read_result(folders[0])
+    found = result.picture({"file": str(tmp_path / "grid.png"), "cell": [1, 2, 2, 3]})
+    assert found is not None and np.array_equal(np.asarray(found), grid[20:, 40:])
+    assert result.picture({"file": None, "lost": "missing"}) is None
+    (tmp_path / "broken.png").write_bytes((tmp_path / "grid.png").read_bytes()[:400])
+    assert result.picture({"file": str(tmp_path / "broken.png")}) is None
 
 
 @pytest.mark.parametrize(

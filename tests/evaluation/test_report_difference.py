@@ -83,9 +83,17 @@ def test_what_else_differs_is_told(tmp_path: Path):
     assert told == [
         "The detector differs: detector of dice (0123456789abcdef) and detector of dice (other).",
         "They were evaluated on different parts of the benchmark: only prompts of both are compared.",
-        "Pictures were made with another prompt_rewriter: None and a rewriter.",
+        "Pictures differ in prompt_rewriter: None and a rewriter.",
     ]
     other = {**first["judges"]["detector"], "versions": {"python": "3.12"}}
     assert settings_that_differ(first, {**first, "judges": {"detector": other}}) == [
         "The detector differs with other settings or library versions: detector of dice (0123456789abcdef)."
     ]
+
+
+def test_other_numbers_of_pictures_are_no_other_sizes(tmp_path: Path):
+    first = read_result(result_folder(tmp_path / "a", "geneval", "a", draw=False)).result
+    fewer = {**first, "pictures": {**first["pictures"], "sizes": {"192x192": 5}}}
+    other = {**first, "pictures": {**first["pictures"], "sizes": {"192x192": 5, "64x64": 1}}}
+    assert settings_that_differ(first, fewer) == []
+    assert settings_that_differ(first, other) == ["Pictures differ in sizes: 192x192 and 192x192, 64x64."]

@@ -35,7 +35,7 @@ def test_a_result_arrives_in_mlflow(tmp_path: Path) -> None:
     )
     lines = read_result(folder).prompts
     assert [row[:2] for row in table["data"]] == [[line["prompt"], line["score"]] for line in lines]
-    assert "Picture 4: lost: the file is missing." in table["data"][1][3] and table["data"][0][2]["type"] == "image"
+    assert "Picture 4: lost: missing." in table["data"][1][3] and table["data"][0][2]["type"] == "image"
 
 
 def test_a_prompts_pictures_stand_in_a_square(tmp_path: Path) -> None:
