@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+STYLE = """table{font-variant-numeric:tabular-nums;font-size:14px;display:block;overflow-x:auto}
+td,th{vertical-align:top}td{white-space:nowrap}"""  # of a page with such tables
 Rows = Sequence[Sequence[str]]  # the first row has the headings, a line break in a cell begins a new line
 
 

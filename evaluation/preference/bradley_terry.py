@@ -60,7 +60,7 @@ def strongly_connected(wins: Array) -> NDArray[np.bool_]:
     reached = (wins > 0) | np.eye(wins.shape[-1], dtype=bool)
     for _ in range(wins.shape[-1].bit_length()):  # each round doubles the chains' length
         reached = reached.astype(np.float32) @ reached.astype(np.float32) > 0
-    return reached.all((-1, -2))
+    return np.asarray(reached.all((-1, -2)))
 
 
 def connected(compared: NDArray[np.bool_]) -> list[list[int]]:

@@ -8,7 +8,7 @@ Nothing in them depends on the order of the votes.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from evaluation.preference.votes import Vote, read_votes
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import write_atomically
 from zimage_lit.pages import document
-from zimage_lit.tables import html_table, markdown_table, markdown_text, with_interval
+from zimage_lit.tables import STYLE, html_table, markdown_table, markdown_text, with_interval
 
 RESULTS_OF = {  # rate -> how the model fared in the votes that count for it
     "good": ("good",),
@@ -210,14 +210,12 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
         [
             pair["model"],
             pair["against"],
-            *(
-                with_interval(*(pair[name][part] for part in ("score", "ci_low", "ci_high")), 1, 100)
-                for name in RESULTS_OF
-            ),
+            *(percent(pair[name]) for name in RESULTS_OF),
             str(pair["votes"]),
             str(pair["both_bad"]),
         ]
         for pair in result["pairs"]
+        if models.index(pair["model"]) < models.index(pair["against"])  # the other way round says nothing new
     ]
     wins = result["wins"]
     win_rows = [["wins of … over", *models]] + [
@@ -226,8 +224,12 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     return [("Ratings", rating_rows), ("Good, same, bad", rate_rows), ("Wins", win_rows)]
 
 
+def percent(rate: Mapping[str, float]) -> str:
+    return with_interval(rate["score"], rate["ci_low"], rate["ci_high"], 1, 100)
+
+
 def sentences(result: dict[str, Any]) -> list[str]:
-    counts = f"{result['votes']} votes by {result['annotators']} people on pictures of {result['prompts']} prompts."
+    counts = f"Votes: {result['votes']}; people: {result['annotators']}; prompts: {result['prompts']}."
     alone = [] if result["prompts"] > 1 else ["Votes on one prompt alone say nothing about others: no intervals."]
     return [counts, *alone, *filter(None, [result["prior"]]), EXPLANATION]
 
@@ -243,4 +245,4 @@ def as_page(result: dict[str, Any]) -> str:
     parts = ["<h1>Preference</h1>", *(f"<p>{escape(sentence)}</p>" for sentence in sentences(result))]
     for title, rows in tables(result):
         parts.append(f"<h2>{title}</h2>{html_table(rows)}")
-    return document("Preference", "".join(parts))
+    return document("Preference", "".join(parts), STYLE)

@@ -16,6 +16,7 @@ from evaluation.report.tables import (
     verdict,
 )
 from zimage_lit.pages import document, reduced
+from zimage_lit.tables import STYLE as TABLE_STYLE
 from zimage_lit.tables import html_table
 
 PREVIEW = 176  # pixels, longest side of a picture on the page
@@ -23,8 +24,7 @@ Contents = Mapping[str, Any]
 Pictures = Mapping[tuple[str, str], Result]  # (benchmark's key, model) -> where their pictures are
 STYLE = """
 h2{margin-top:3rem;border-top:2px solid #222;padding-top:.5rem}
-table{font-variant-numeric:tabular-nums;font-size:14px;display:block;overflow-x:auto}
-td,th{vertical-align:top}td{white-space:nowrap}.wide td{white-space:normal;text-align:left}.wide th{text-align:left}
+.wide td{white-space:normal;text-align:left}.wide th{text-align:left}
 .chart{width:100%;font-size:13px;margin-top:1rem}.legend span{margin-right:1.2rem;white-space:nowrap}
 .yes,.no{border-radius:.25rem;padding:.1rem .5rem;font-size:14px;color:#fff}
 .yes{background:#15803d}.no{background:#a16207}
@@ -55,7 +55,7 @@ def page(contents: Contents, results: Sequence[Result]) -> str:
         f"<p class='legend'>{' '.join(map(link, contents['benchmarks']))}</p>",
         *(section(benchmark, pictures) for benchmark in contents["benchmarks"]),
     ]
-    return document(f"Evaluation of {models}", "".join(parts), STYLE)
+    return document(f"Evaluation of {models}", "".join(parts), TABLE_STYLE + STYLE)
 
 
 def link(benchmark: Contents) -> str:

@@ -105,12 +105,12 @@ def difference_sentence(benchmark: Contents, difference: Contents) -> str:
     """By how much a model differs from the first, and on how many prompts."""
     if difference["difference"] is None:
         return f"{difference['model']} and {difference['against']} have no prompt in common."
-    bounds = [difference["ci_low"], difference["ci_high"]]
-    value = with_interval(difference["difference"], *bounds, benchmark["digits"], benchmark["times"])
+    low, high = difference["ci_low"], difference["ci_high"]
+    value = with_interval(difference["difference"], low, high, benchmark["digits"], benchmark["times"])
     sign = "+" if difference["difference"] > 0 else ""
-    if bounds[0] is None:
+    if low is None:
         conclusion = "; these prompts do not show how much it varies, so there is no interval"
-    elif bounds[0] > 0 or bounds[1] < 0:
+    elif low > 0 or high < 0:
         conclusion = ""
     else:
         conclusion = "; the interval holds 0, so neither is shown to be better"
@@ -122,7 +122,7 @@ def difference_sentence(benchmark: Contents, difference: Contents) -> str:
 
 
 def listed(settings: Mapping[str, Any]) -> str:
-    return "\n".join(f"{name} {told(value)}" for name, value in settings.items()) or NONE
+    return "\n".join(f"{name}: {told(value)}" for name, value in settings.items()) or NONE
 
 
 def told(value: Any) -> str:
