@@ -72,8 +72,8 @@ def preference(votes: Path, output: Path, resamples: int = 1000, seed: int = 0) 
 def rated(votes: Sequence[Vote], resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
     """What the votes say.
 
-    `ratings`: the models, best first, each with `rating`, `ci_low` and `ci_high` (None for votes on one prompt alone),
-    `votes` and the number of `wins`, `losses` and of votes for `neither`; `prior`: how ratings were kept finite, empty
+    `ratings`: the models, best first, each with `rating`, `ci_low` and `ci_high` (None for votes on one prompt, and
+    with a prior), `votes` and the number of `wins`, `losses` and of votes for `neither`; `prior`: how ratings were kept finite, empty
     where they are so by themselves; `pairs`: for every model against every other the rates of RESULTS_OF, each with
     score, n, ci_low and ci_high, and `votes`, `tie`, `both_bad` (counts); `wins`: model -> other -> votes that
     preferred it; `votes`, `prompts`, `annotators` (counts), `interval`, `resamples`, `seed`.
@@ -85,7 +85,8 @@ def rated(votes: Sequence[Vote], resamples: int = 1000, seed: int = 0) -> dict[s
     check_connected(models, connected(compared))
     found = ratings(wins, compared).round(DECIMALS).tolist()
     ends: Sequence[tuple[float | None, float | None]] = [(None, None)] * len(models)
-    if len(by_prompt) > 1:
+    prior = prior_sentence(models, wins)
+    if len(by_prompt) > 1 and not prior:  # resamples of votes without a loss have none either: they would all agree
         ends = interval(resampled_ratings(by_prompt, compared, resamples, seed).round(DECIMALS))
     outcomes = outcomes_by_pair(votes)
     order = sorted(range(len(models)), key=lambda place: (-found[place], models[place]))
@@ -101,7 +102,7 @@ def rated(votes: Sequence[Vote], resamples: int = 1000, seed: int = 0) -> dict[s
             }
             for place in order
         ],
-        "prior": prior(models, wins),
+        "prior": prior,
         "pairs": [
             {"model": models[a], "against": models[b], **rates(outcomes[models[a]][models[b]])}
             for a in order
@@ -144,7 +145,7 @@ def check_connected(models: Sequence[str], groups: Sequence[Sequence[int]]) -> N
         )
 
 
-def prior(models: Sequence[str], wins: np.ndarray) -> str:
+def prior_sentence(models: Sequence[str], wins: np.ndarray) -> str:
     """The sentence about the prior, empty where it is not used."""
     if strongly_connected(wins):
         return ""
@@ -154,7 +155,8 @@ def prior(models: Sequence[str], wins: np.ndarray) -> str:
     ] or ["some of the models never lost to the others"]
     return (
         f"Ratings are not finite by themselves, because {' and '.join(never)}: {PRIOR_TIES:g} drawn vote was added to "
-        "every pair that was compared. How far apart they lie is the prior's doing; the order and the rates are not."
+        "every pair that was compared. How far apart they lie is the doing of that vote, so they have no intervals; "
+        "the rates below are without it."
     )
 
 

@@ -155,7 +155,8 @@ def worst(benchmark: Contents, result: Contents, pictures: Pictures) -> str:
 
 
 def heading(shown: Contents) -> str:
-    return f"<h4>{escape(shown['prompt'])}</h4><small>{escape(shown['prompt_id'])} · {escape(shown['group'])}</small>"
+    place = " · ".join(filter(None, (shown["prompt_id"], shown["group"])))
+    return f"<h4>{escape(shown['prompt'])}</h4><small>{escape(place)}</small>"
 
 
 def seen(shown: Contents, result: Result) -> str:

@@ -26,6 +26,8 @@ def test_every_benchmark_has_a_place_for_each_model_and_a_source_for_each_number
         assert tuple(anchor.model for anchor in published.anchors) == MODELS
         for anchor in published.anchors:
             assert (anchor.overall is None) == (not anchor.source) and (anchor.overall is not None or not anchor.scores)
+    remarks = [anchor.remark for published in PUBLISHED.values() for anchor in published.anchors if anchor.remark]
+    assert len(remarks) == 5 and "0.743 and 0.752" in remarks[0]
     assert len(PRINTED) == 5 + 5 + 4 + 4 + 5 + 3 + 4
 
 

@@ -122,6 +122,9 @@ def test_a_model_that_never_loses_has_a_finite_rating_and_a_sentence_says_why():
         400 * math.log10(9.5 / 0.5), abs=1e-5
     )
     assert "ours never lost and theirs never won" in result["prior"] and result["prior"] in as_markdown(result)
+    assert rating(result, "ours")["ci_low"] is None and result["pairs"][0]["good"]["ci_low"] == pytest.approx(
+        0.70, abs=0.01
+    )
     three = [vote(a="a", b="b"), vote(a="b", b="a"), vote(a="b", b="c", prompt="p1")]
     assert "c never won" in rated(three)["prior"]
 
