@@ -73,10 +73,10 @@ def rated(votes: Sequence[Vote], resamples: int = 1000, seed: int = 0) -> dict[s
     """What the votes say.
 
     `ratings`: the models, best first, each with `rating`, `ci_low` and `ci_high` (None for votes on one prompt, and
-    with a prior), `votes` and the number of `wins`, `losses` and of votes for `neither`; `prior`: how ratings were kept finite, empty
-    where they are so by themselves; `pairs`: for every model against every other the rates of RESULTS_OF, each with
-    score, n, ci_low and ci_high, and `votes`, `tie`, `both_bad` (counts); `wins`: model -> other -> votes that
-    preferred it; `votes`, `prompts`, `annotators` (counts), `interval`, `resamples`, `seed`.
+    with a prior), `votes` and the number of `wins`, `losses` and of votes for `neither`; `prior`: how ratings were kept
+    finite, empty where they are so by themselves; `pairs`: for every model against every other the rates of RESULTS_OF,
+    each with score, n, ci_low and ci_high, and `votes`, `tie`, `both_bad` (counts); `wins`: model -> other -> votes
+    that preferred it; `votes`, `prompts`, `annotators` (counts), `interval`, `resamples`, `seed`.
     """
     models = sorted({name for vote in votes for name in (vote.model_a, vote.model_b)})
     by_prompt = wins_by_prompt(votes, models)
