@@ -176,8 +176,8 @@ def tinyworld(pipeline: ZImagePipeline, prompts_per_task: int = 50, seed: int = 
     prompts = tinyworld.prompts(per_task=at_least_one("prompts_per_task", prompts_per_task), seed=seed)
     planned = tinyworld.plan(prompts, seed=seed)
     pictures = pipeline([one.prompt for one in planned], seed=[one.seed for one in planned], batch_size=64)
-    asked = [prompt["metadata"] for prompt in prompts]
-    scored = tinyworld.score([judge(np.asarray(picture), known) for picture, known in zip(pictures, asked, strict=True)])
+    pairs = zip(pictures, prompts, strict=True)
+    scored = tinyworld.score([judge(np.asarray(picture), prompt["metadata"]) for picture, prompt in pairs])
     tasks = {task: score["accuracy"] for task, score in scored["tasks"].items()}
     return {"mean": (scored["overall"] + tasks["word"]) / 2, "overall": scored["overall"], **tasks}
 
