@@ -90,7 +90,7 @@ def result_folder(
         "judges": {role: judge_record(role) for role in module.ROLES_USED},
         "comparable": {
             "verdict": False,
-            "reasons": [f"The scores are of {number} prompts; published ones are of all {WHOLE[benchmark]}."],
+            "reasons": [f"{number} of {WHOLE[benchmark]} prompts were evaluated."],
         },
         "versions": {"zimage-lit": "0.1", "torch": "2.11"},
         **more,

@@ -134,10 +134,9 @@ def modes_sentence(benchmark: str, scores: Sequence[Mapping[str, Any]]) -> str:
 
 
 def remarks(result: Result, lost: int) -> list[str]:
-    """Sentences on what was evaluated: the slice, the prompts' rewriting, the pictures' size, what is lost."""
+    """Sentences on the pictures: who made them, the prompts' rewriting, sizes, what is lost. That only a part of the
+    prompts was evaluated is among the reasons of `comparable`."""
     told = []
-    if part := result.result["slice"]:
-        told.append(f"A slice: {part['prompts']:,} of the benchmark's {part['of']:,} prompts.")
     pictures = result.result["pictures"]
     if pictures.get("source") != "model":
         told.append("The pictures were there already: what is said of how they were made is the user's word.")

@@ -128,7 +128,8 @@ def published(benchmark: Contents) -> str:
     if without:
         lines.append(f"No number is known of {', '.join(without)}.")
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return folded("Where published numbers are from", f"<ul>{items}</ul>", benchmark["published"]["remark"])
+    sources = folded("Where published numbers are from", f"<ul>{items}</ul>") if lines else ""
+    return f"<p>{escape(benchmark['published']['remark'])}</p>{sources}"
 
 
 def compared(benchmark: Contents, difference: Contents, pictures: Pictures) -> str:
@@ -181,6 +182,5 @@ def lost(result: Contents) -> str:
     return folded(f"{len(result['lost'])} lost pictures of {result['model']}", f"<ul>{items}</ul>")
 
 
-def folded(title: str, body: str, sentence: str = "") -> str:
-    told = f"<p>{escape(sentence)}</p>" if sentence else ""
-    return f"{told}<details><summary>{escape(title)}</summary>{body}</details>"
+def folded(title: str, body: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"
