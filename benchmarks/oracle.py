@@ -18,7 +18,6 @@ from evaluation.judges.ocr import RapidOCRReader
 from evaluation.oracle import chinese_letters, find_font, oracle_score, swapped, wanted_texts
 
 BARS = {"cvtg2k": 0.97, "longtext-en": 0.95, "longtext-zh": 0.95}  # what perfect pages must score
-THREADS = {"EngineConfig.onnxruntime.intra_op_num_threads": 1}  # they change the time, not what is read
 
 
 def spread(prompts: Sequence[Any], number: int) -> list[Any]:
@@ -50,7 +49,7 @@ def main() -> None:
         "longtext-en": longtext.prompts(options.data / "longtext", "en"),
         "longtext-zh": longtext.prompts(options.data / "longtext", "zh"),
     }
-    font, reader = find_font(options.font), RapidOCRReader(options=THREADS)
+    font, reader = find_font(options.font), RapidOCRReader()
     print(f"{reader.record().model}, {options.prompts} prompts each\n")
     print("| pages | benchmark | read | expected | bar | seconds a page |\n| --- | --- | --- | --- | --- | --- |")
     for pages in options.pages:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from zimage_lit.errors import UserError
@@ -11,7 +12,7 @@ from zimage_lit.errors import UserError
 PARTS = ("Det", "Cls", "Rec")  # finds lines, tells whether they stand upside down, reads them
 NAMED_FILES = ("model_path", "rec_keys_path")
 CHOICES = {"engine_type": "EngineType", "model_type": "ModelType", "ocr_version": "OCRVersion"}  # RapidOCR's enums
-OURS = {"Global.log_level": "error", "Global.text_score": 0.0}  # who reads decides what is too unsure to be text
+THREADS = "EngineConfig.onnxruntime.intra_op_num_threads"
 
 
 class TextReader:
@@ -33,7 +34,7 @@ class TextReader:
                 f"{who} reads with RapidOCR ({error}): install it with pip install 'zimage-lit[ocr]'."
             ) from None
         try:
-            self._engine = RapidOCR(params={**OURS, **_checked(who, options, rapidocr)})
+            self._engine = RapidOCR(params={**_ours(), **_checked(who, options, rapidocr)})
         except (ValueError, TypeError) as error:
             raise UserError(f"{who}: RapidOCR does not take the options {dict(options)} ({error}).") from error
 
@@ -61,6 +62,12 @@ class TextReader:
             kind = ("engine_type", "ocr_version", "task_type", "lang_type", "model_type")
             found[part] = InferSession.get_model_url(FileInfo(**{key: settings[key] for key in kind}))["SHA256"]
         return found
+
+
+def _ours() -> dict[str, Any]:
+    """What the options may overrule: no messages; nothing left out as unsure, which is for the caller to say; torch's
+    number of threads, for its own default is one a core, spinning, whatever else runs."""
+    return {"Global.log_level": "error", "Global.text_score": 0.0, THREADS: torch.get_num_threads()}
 
 
 def _checked(who: str, options: Mapping[str, Any], rapidocr: Any) -> dict[str, Any]:
