@@ -177,6 +177,15 @@ def test_a_picture_does_not_depend_on_what_it_is_asked_for_together_with(own):
         assert np.array_equal(a, b) and np.array_equal(a, c)
 
 
+def test_one_seed_draws_several_pictures(own):
+    several = pixels(own([PROMPTS[0]] * 3, seed=7, draw=[0, 1, 2], **QUICK))
+    assert np.array_equal(several[0], pixels(own(PROMPTS[0], seed=7, **QUICK))[0])
+    assert not np.array_equal(several[1], several[2])
+    assert np.array_equal(several[2], pixels(own(PROMPTS[0], seed=7, draw=2, **QUICK))[0])
+    with pytest.raises(UserError, match="draw has 2 entries for 1 prompts"):
+        own(PROMPTS[0], draw=[0, 1], **QUICK)
+
+
 def test_one_seed_for_several_prompts_is_the_seed_of_each(own):
     together = pixels(own(PROMPTS, seed=7, **QUICK))
     assert np.array_equal(together[2], pixels(own(PROMPTS[2], seed=7, **QUICK))[0])

@@ -56,6 +56,7 @@ TASKS = {
     "merge": Task("variants of a model into one", "zimage_lit.merge:merge_task", "MergeSettings"),
     "pairs": Task("preference pairs from a model and judges", "zimage_lit.pairs.task:pairs_task", "PairsSettings"),
     "generate": Task("pictures from prompts", "zimage_lit.pipeline:generate_task", "GenerateSettings"),
+    "evaluate": Task("benchmarks' scores of a model", "evaluation.task:evaluate_task", "EvaluateSettings"),
     "plan": Task("memory, time and cost of an experiment", "zimage_lit.plan:plan_task", "PlanSettings", True),
 }
 # What libraries say on every run and nobody at the keyboard can act upon.

@@ -171,17 +171,15 @@ def scorer(name: str | None) -> Score | None:
 def tinyworld(pipeline: ZImagePipeline, prompts_per_task: int = 50, seed: int = 1000) -> dict[str, float]:
     """TinyWorld's held-out combinations as in training: `overall` and `word`, their `mean`, and every task."""
     from data_modules.tinyworld.verifier import judge
-    from data_modules.tinyworld.world import heldout_prompts
-    from zimage_lit.callbacks.tinyworld_score import summarise
+    from evaluation.benchmarks import tinyworld
 
-    prompts = heldout_prompts(at_least_one("prompts_per_task", prompts_per_task), seed)
-    seeds = [seed + place for place in range(len(prompts))]
-    pictures = pipeline([metadata["prompt"] for metadata in prompts], seed=seeds, batch_size=64)
-    records = [judge(np.asarray(picture), metadata) for picture, metadata in zip(pictures, prompts, strict=True)]
-    summary, _ = summarise(records, step=0)
-    tasks = {task: score["accuracy"] for task, score in summary["tasks"].items()}
-    overall = summary["overall"]["accuracy"]
-    return {"mean": (overall + tasks["word"]) / 2, "overall": overall, **tasks}
+    prompts = tinyworld.prompts(per_task=at_least_one("prompts_per_task", prompts_per_task), seed=seed)
+    planned = tinyworld.plan(prompts, seed=seed)
+    pictures = pipeline([one.prompt for one in planned], seed=[one.seed for one in planned], batch_size=64)
+    pairs = zip(pictures, prompts, strict=True)
+    scored = tinyworld.score([judge(np.asarray(picture), prompt["metadata"]) for picture, prompt in pairs])
+    tasks = {task: score["accuracy"] for task, score in scored["tasks"].items()}
+    return {"mean": (scored["overall"] + tasks["word"]) / 2, "overall": scored["overall"], **tasks}
 
 
 def score_all(

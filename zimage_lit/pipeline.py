@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import IO, Any, Literal, Self, TypeVar
 
 import torch
 from PIL import Image
@@ -203,6 +203,7 @@ class ZImagePipeline:
         solver: str | None = None,
         eta: float | None = None,
         on_step: OnStep[list[Tensor]] | None = None,
+        draw: int | list[int] = 0,
     ) -> list[Image.Image]:
         """Pictures for one or several prompts, in their order; None stands for the model's defaults.
 
@@ -221,9 +222,11 @@ class ZImagePipeline:
                 renoise (all of it; for students that were distilled with it).
             eta: how much cps draws anew, in [0, 1].
             on_step: called as ``on_step(index, latents)`` after every step of every batch.
+            draw: which of the noises that the seed's generator gives one after the other, from 0: some protocols seed
+                once and draw several pictures. One for each prompt, or one for all.
 
-        Raises UserError for a size that does not fit, a number out of its range, or numbers of prompts, negatives and
-        seeds that do not match.
+        Raises UserError for a size that does not fit, a number out of its range, or numbers of prompts, negatives,
+        seeds and draws that do not match.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         chosen = self.defaults.filled({
@@ -239,6 +242,7 @@ class ZImagePipeline:
             prompts,
             _for_each("" if negative_prompt is None else negative_prompt, prompts, "negative_prompt"),
             _for_each(seed, prompts, "seed"),
+            draws=_for_each(draw, prompts, "draw"),
             **chosen,
             batch_size=batch_size,
             cfg_truncation=cfg_truncation,
@@ -263,6 +267,7 @@ class ZImagePipeline:
         batch_size: int = 1,
         solver: str = "euler",
         eta: float = 0.0,
+        draws: Sequence[int] | None = None,
         **settings: Any,
     ) -> list[Tensor]:
         """Clean latents (C, H / downsample, W / downsample) float32 of each prompt; ``settings`` as in ``sample``."""
@@ -274,7 +279,8 @@ class ZImagePipeline:
         }
         self.check_settings(height, width, num_inference_steps, batch_size, solver, eta, **guidance)
         shape = (self.codec.channels, height // self.codec.downsample, width // self.codec.downsample)
-        noises = sampling.noises(seeds, shape, self.device)
+        draws = [0] * len(prompts) if draws is None else draws
+        noises = sampling.noises(seeds, shape, self.device, draws)
         captions = self.text_encoder.encode(list(prompts))
         negatives = self.text_encoder.encode(list(negative_prompts)) if guidance_scale != 1.0 else None
         finished: list[Tensor] = []
@@ -285,6 +291,7 @@ class ZImagePipeline:
                 captions[part],
                 noises[part],
                 seeds=seeds[part],
+                draws=draws[part],
                 negative_captions=negatives[part] if negatives else None,
                 num_inference_steps=num_inference_steps,
                 shift=self.defaults.shift,
@@ -586,13 +593,13 @@ def read_prompts(prompts: str) -> list[str]:
     return found
 
 
-def save_picture(picture: Image.Image, path: Path, made: dict[str, Any]) -> None:
+def save_picture(picture: Image.Image, path: Path | IO[bytes], made: dict[str, Any]) -> None:
     """A PNG that carries how it was made: text fields prompt and seed, and all of ``made`` as JSON in parameters."""
     info = PngInfo()
     info.add_text("prompt", made["prompt"])
     info.add_text("seed", str(made["seed"]))
     info.add_text("parameters", json.dumps(made, ensure_ascii=False))
-    picture.save(path, pnginfo=info)
+    picture.save(path, format="PNG", pnginfo=info)
 
 
 def _seeds(asked: GenerateSettings) -> range:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.benchmarks.protocol import OfficialFolder, PlannedImage
+from evaluation.benchmarks.protocol import Judgements, Lost, OfficialFolder, PlannedImage, Question
 from evaluation.benchmarks.tally import (
     Count,
     Mode,
@@ -37,10 +37,14 @@ from evaluation.benchmarks.text import edit_distance
 SETS = ("CVTG", "CVTG-Style")
 AREAS = (2, 3, 4, 5)  # places with text that a prompt asks for
 COLUMNS = ("images", "words", "correct", "ned", "clip_images", "clip")
+ROLES_USED = ("ocr", "clip")  # of judges,
+OPTIONAL_ROLES = ("clip",)  # and those among them without which there are scores all the same
+IMAGES_PER_PROMPT = 1
 SIZE = 1024  # pixels a side
 SEED = 0
 CLIP_TEXT = "A photo depicts {prompt}"  # what CLIPScore compares a picture with
-CLIP_BOUNDS = (0.0, 2.5)  # CLIPScore is 2.5 times a cosine, not below 0
+CLIP_WEIGHT = 2.5  # CLIPScore is so many times a cosine, not below 0
+CLIP_BOUNDS = (0.0, CLIP_WEIGHT)
 OFFICIAL = OfficialFolder(
     "CVTG-2K",
     "https://huggingface.co/datasets/dnkdnk/CVTG-2K (folders CVTG and CVTG-Style)",
@@ -79,6 +83,41 @@ def plan(prompts: Sequence[Mapping[str, Any]], size: int = SIZE, seed: int = SEE
         PlannedImage(name, 0, prompt["prompt"], seed, 0, size, size, f"{name}.png")
         for name, prompt in zip(names, prompts, strict=True)
     ]
+
+
+def group(prompt: Mapping[str, Any]) -> str:
+    """What its score is part of: its set and number of places with text."""
+    return f"{prompt['set']}/{prompt['area']}"
+
+
+def questions(prompt: Mapping[str, Any], number_of_pictures: int) -> list[Question]:
+    """What has to be asked: the lines of text of every picture, and its likeness to the prompt."""
+    text = {"text": CLIP_TEXT.format(prompt=prompt["prompt"])}
+    return [
+        question
+        for picture in range(number_of_pictures)
+        for question in (Question("ocr", (picture,), {}), Question("clip", (picture,), text))
+    ]
+
+
+def records(prompt: Mapping[str, Any], judgements: Judgements, lost: Lost) -> list[dict[str, Any]]:
+    """What `count` takes of a prompt, a record a picture, from the answers to its `questions`."""
+    asked = {field: prompt[field] for field in ("set", "area", "index", "gt_words")}
+    found: dict[int, dict[str, Any]] = {}
+    for (role, (picture,), _), judged in judgements:
+        record = found.setdefault(picture, dict(asked))
+        if judged is None:
+            record["lost"] = lost[picture]
+        elif role == "ocr":
+            record["ocr_lines"] = [line["text"] for line in judged["lines"]]
+        else:
+            record["clip_score"] = CLIP_WEIGHT * max(judged["similarity"], 0.0)
+    return list(found.values())
+
+
+def prompt_score(verdicts: Sequence[Mapping[str, Any]]) -> float:
+    """How well a prompt did, in [0, 1], to find the worst: the share of its words that are right."""
+    return sum(verdict["correct_words"] for verdict in verdicts) / sum(verdict["total_words"] for verdict in verdicts)
 
 
 def score(records: Sequence[Mapping[str, Any]], mode: Mode = "official") -> dict[str, Any]:

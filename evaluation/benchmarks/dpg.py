@@ -18,7 +18,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.benchmarks.protocol import OfficialFolder, PlannedImage, cells
+from evaluation.benchmarks.protocol import (
+    Judgements,
+    Lost,
+    OfficialFolder,
+    PlannedImage,
+    Question,
+    answers_of_pictures,
+    cells,
+)
 from evaluation.benchmarks.tally import (
     Count,
     Mode,
@@ -36,6 +44,8 @@ from evaluation.benchmarks.tally import (
 )
 
 COLUMNS = ("images", "correct", "asked")
+ROLES_USED = ("vqa",)  # of judges,
+OPTIONAL_ROLES = ()  # and those among them without which there are scores all the same
 IMAGES_PER_PROMPT = 4
 SEED = 42  # the protocol has no rule
 FIRST = ("partiprompts97", "1")  # prompt and question of the official table's first row
@@ -91,6 +101,31 @@ def plan(prompts: Sequence[Mapping[str, Any]], size: int = 1024, seed: int = SEE
         for prompt in prompts
         for image, cell in enumerate(cells(2, IMAGES_PER_PROMPT))
     ]
+
+
+def group(prompt: Mapping[str, Any]) -> str:
+    """Where a prompt was taken from, by its name: partiprompts, COCOval and so on; "" for those named by a number."""
+    return str(prompt["item_id"]).rstrip("0123456789")
+
+
+def questions(prompt: Mapping[str, Any], number_of_pictures: int) -> list[Question]:
+    """What has to be asked: all of the prompt's questions about every picture."""
+    return [
+        Question("vqa", (picture,), {"question": question})
+        for picture in range(number_of_pictures)
+        for question in prompt["questions"].values()
+    ]
+
+
+def records(prompt: Mapping[str, Any], judgements: Judgements, lost: Lost) -> list[dict[str, Any]]:
+    """What `count` takes of a prompt, one record, from the answers to its `questions`."""
+    asked = {field: prompt[field] for field in ("item_id", "tuples", "dependency")}
+    return [{**asked, "answers": answers_of_pictures(list(prompt["questions"]), judgements)}]
+
+
+def prompt_score(verdicts: Sequence[Mapping[str, Any]]) -> float:
+    """How well a prompt did, in [0, 1], to find the worst: its score, 0 where the original's fault leaves it out."""
+    return float(verdicts[0]["score"] or 0.0)
 
 
 def score(records: Sequence[Mapping[str, Any]], mode: Mode = "official") -> dict[str, Any]:

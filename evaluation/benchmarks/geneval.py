@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.benchmarks.protocol import OfficialFolder, PlannedImage
+from evaluation.benchmarks.protocol import Judgements, Lost, OfficialFolder, PlannedImage, Question
 from evaluation.benchmarks.tally import (
     Count,
     Mode,
@@ -38,6 +38,8 @@ MAX_OBJECTS = 16  # of one class
 POSITION_MARGIN = 0.1  # share of both objects' sizes by which their centres must be apart
 POSITION_AXIS = 0.5  # sine of the angle off the axis beyond which a relation also holds along the other axis
 COLUMNS = ("images", "correct")
+ROLES_USED = ("detector",)  # of judges,
+OPTIONAL_ROLES = ()  # and those among them without which there are scores all the same
 IMAGES_PER_PROMPT = 4
 SEED = 42  # set anew before each prompt
 OFFICIAL = OfficialFolder(
@@ -74,10 +76,40 @@ def plan(prompts: Sequence[Mapping[str, Any]], size: int = 1024, seed: int = SEE
             size,
             size,
             f"{prompt['index']:05d}/samples/{image:04d}.png",
+            official_pattern=f"{prompt['index']:05d}/samples/[0-9]*.*",
         )
         for prompt in prompts
         for image in range(IMAGES_PER_PROMPT)
     ]
+
+
+def group(prompt: Mapping[str, Any]) -> str:
+    """What its score is part of: its task."""
+    return str(prompt["metadata"]["tag"])
+
+
+def questions(prompt: Mapping[str, Any], number_of_pictures: int) -> list[Question]:
+    """What has to be asked: the objects of every class that the prompt wants or excludes, and the colours of those that
+    it wants in a colour."""
+    wanted = prompt["metadata"]["include"]
+    classes = [clause["class"] for clause in (*wanted, *prompt["metadata"].get("exclude", ()))]
+    colors = [clause["class"] for clause in wanted if "color" in clause]
+    question = {"classes": list(dict.fromkeys(classes)), "colors": list(dict.fromkeys(colors))}
+    return [Question("detector", (picture,), question) for picture in range(number_of_pictures)]
+
+
+def records(prompt: Mapping[str, Any], judgements: Judgements, lost: Lost) -> list[dict[str, Any]]:
+    """What `count` takes of a prompt, a record a picture, from the answers to its `questions`."""
+    asked = {"index": prompt["index"], "metadata": prompt["metadata"]}
+    return [
+        {**asked, **({"lost": lost[picture]} if judged is None else {"detections": judged["detections"]})}
+        for ((_, (picture,), _), judged) in judgements
+    ]
+
+
+def prompt_score(verdicts: Sequence[Mapping[str, Any]]) -> float:
+    """How well a prompt did, in [0, 1], to find the worst: the share of its pictures that are correct."""
+    return sum(verdict["correct"] for verdict in verdicts) / len(verdicts)
 
 
 def score(records: Sequence[Mapping[str, Any]], mode: Mode = "official") -> dict[str, Any]:
@@ -241,7 +273,7 @@ def _check(record: Mapping[str, Any]) -> None:
 
 def _scores(table: Table) -> dict[str, Any]:
     by_task = {tag: [values for row, values in table.items() if row[0] == tag] for tag in TASKS}
-    scores = {tag: _accuracy(counts) for tag, counts in by_task.items() if counts}
+    scores = {tag: accuracy(counts) for tag, counts in by_task.items() if counts}
     images = sum(values["images"] for values in table.values())
     return {
         **mean_of_scores(list(scores.values())),
@@ -254,8 +286,8 @@ def _scores(table: Table) -> dict[str, Any]:
     }
 
 
-def _accuracy(counts: Sequence[Mapping[str, int]]) -> dict[str, float | int]:
-    """The share of a task's images that are correct, with its interval."""
+def accuracy(counts: Sequence[Mapping[str, int]]) -> dict[str, float | int]:
+    """The share of a task's images that are correct, with its interval, from a row of counts for each prompt."""
     images = sum(row["images"] for row in counts)
     pairs = [(row["correct"], row["images"]) for row in counts]
     return clustered(pairs, lambda sums: sums[0] / sums[1], images, at_most=images)

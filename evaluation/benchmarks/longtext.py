@@ -13,7 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.benchmarks.protocol import OfficialFolder, PlannedImage, language_of
+from evaluation.benchmarks.protocol import (
+    Judgements,
+    Lost,
+    OfficialFolder,
+    PlannedImage,
+    Question,
+    language_of,
+)
 from evaluation.benchmarks.tally import (
     Count,
     Mode,
@@ -36,6 +43,8 @@ QUESTION = (
 NO_TEXT = ("No text recognized.", "No text recognized")  # how the judge says so
 MAX_NEW_TOKENS = 1024  # of its reply
 COLUMNS = ("images", "units", "matched")
+ROLES_USED = ("vlm",)  # of judges,
+OPTIONAL_ROLES = ()  # and those among them without which there are scores all the same
 IMAGES_PER_PROMPT = 4
 SEED = 42  # the protocol has no rule
 OFFICIAL = OfficialFolder(
@@ -77,10 +86,36 @@ def plan(prompts: Sequence[Mapping[str, Any]], size: int = 1024, seed: int = SEE
             size,
             size,
             f"{prompt['prompt_id']:04d}_{image + 1}.png",
+            official_pattern=f"{prompt['prompt_id']:04d}_[0-9]*.*",
         )
         for prompt in prompts
         for image in range(IMAGES_PER_PROMPT)
     ]
+
+
+def group(prompt: Mapping[str, Any]) -> str:
+    """What its score is part of: its category."""
+    return str(prompt["category"])
+
+
+def questions(prompt: Mapping[str, Any], number_of_pictures: int) -> list[Question]:
+    """What has to be asked: the text of every picture."""
+    question = {"prompt": QUESTION, "max_new_tokens": MAX_NEW_TOKENS}
+    return [Question("vlm", (picture,), question) for picture in range(number_of_pictures)]
+
+
+def records(prompt: Mapping[str, Any], judgements: Judgements, lost: Lost) -> list[dict[str, Any]]:
+    """What `count` takes of a prompt, a record a picture, from the answers to its `questions`."""
+    asked = {field: prompt[field] for field in ("mode", "prompt_id", "category", "length", "ocr_gt")}
+    return [
+        {**asked, **({"lost": lost[picture]} if judged is None else {"answer": judged["answer"]})}
+        for ((_, (picture,), _), judged) in judgements
+    ]
+
+
+def prompt_score(verdicts: Sequence[Mapping[str, Any]]) -> float:
+    """How well a prompt did, in [0, 1], to find the worst: the share of its units that were read."""
+    return sum(verdict["acc"] for verdict in verdicts) / len(verdicts)
 
 
 def score(records: Sequence[Mapping[str, Any]], mode: Mode = "official") -> dict[str, Any]:

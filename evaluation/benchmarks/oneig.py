@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.benchmarks.longtext import NO_TEXT
-from evaluation.benchmarks.protocol import OfficialFolder, PlannedImage, cells, language_of
+from evaluation.benchmarks.longtext import QUESTION as READING_QUESTION
+from evaluation.benchmarks.protocol import (
+    Judged,
+    Judgements,
+    Lost,
+    OfficialFolder,
+    PlannedImage,
+    Question,
+    answers_of_pictures,
+    cells,
+    language_of,
+)
 from evaluation.benchmarks.tally import (
     Count,
     Mode,
@@ -50,9 +61,12 @@ SETS = {  # the official file's category -> the set's name
 }
 ALIGNED_SETS = ("anime", "human", "object", "multilingualism")
 QUESTION_ENDING = ". Please answer 'Yes' or 'No' only."  # of every question of alignment
+ALIGNMENT_TOKENS = 128  # of the reply to it, at most
 MAX_EDIT_DISTANCE = {"en": 100, "zh": 50}  # the mean distance from which on a text scores nothing for it
 BOUNDS = {"alignment": (0.0, 1.0), "reasoning": (-1.0, 1.0), "style": (0.0, 1.0), "diversity": (0.0, 2.0)}
 COLUMNS = ("images", "correct", "asked", "edits", "complete", "matched", "units", "value", "values")
+ROLES_USED = ("vlm", "llm2clip", "style", "distance")  # of judges,
+OPTIONAL_ROLES = ("llm2clip", "style", "distance")  # and those among them without which there are scores all the same
 IMAGES_PER_PROMPT = 4
 SEED = 42
 OFFICIAL = OfficialFolder(
@@ -120,10 +134,68 @@ def plan(
             size,
             f"images/{prompt['set']}/{model}/{prompt['id']}.webp",
             cell,
+            f"images/{prompt['set']}/*/{prompt['id']}.*",
         )
         for prompt in prompts
         for image, cell in enumerate(cells(2, IMAGES_PER_PROMPT))
     ]
+
+
+def group(prompt: Mapping[str, Any]) -> str:
+    """What its score is part of: its set."""
+    return str(prompt["set"])
+
+
+def questions(prompt: Mapping[str, Any], number_of_pictures: int) -> list[Question]:
+    """What has to be asked, dimension after dimension: of every picture, and for diversity of every pair of them."""
+    pictures = range(number_of_pictures)
+    asked: list[Question] = []
+    if "dependency" in prompt:
+        texts = [question + QUESTION_ENDING for question in prompt["questions"].values()]
+        alignment = [{"prompt": text, "max_new_tokens": ALIGNMENT_TOKENS} for text in texts]
+        asked += [Question("vlm", (picture,), question) for picture in pictures for question in alignment]
+    if "gt_raw" in prompt:
+        reading = {"prompt": READING_QUESTION, "max_new_tokens": max_new_tokens(prompt["gt_raw"])}
+        asked += [Question("vlm", (picture,), reading) for picture in pictures]
+    if "gt_answer" in prompt:
+        asked += [Question("llm2clip", (picture,), {"text": prompt["gt_answer"]}) for picture in pictures]
+    if "style" in prompt:
+        asked += [Question("style", (picture,), {"style": prompt["style"]}) for picture in pictures]
+    return asked + [Question("distance", pair, {}) for pair in combinations(pictures, 2)]
+
+
+def records(prompt: Mapping[str, Any], judgements: Judgements, lost: Lost) -> list[dict[str, Any]]:
+    """What `count` takes of a prompt, from the answers to its `questions`: records of every dimension that is judged,
+    in the order of `DIMENSIONS`, of the text one a picture.
+    """
+    asked = {field: prompt[field] for field in ("language", "set", "id")}
+    said: dict[str, list[Judged]] = {}
+    for one in judgements:
+        said.setdefault(one.question.role, []).append(one)
+    found: list[dict[str, Any]] = []
+    if "vlm" in said and "dependency" in prompt:
+        answers = answers_of_pictures(list(prompt["questions"]), said["vlm"])
+        found.append({**asked, "dependency": prompt["dependency"], "answers": answers})
+    if "vlm" in said and "gt_raw" in prompt:
+        for (_, (picture,), _), judged in said["vlm"]:
+            read = {"lost": lost[picture]} if judged is None else {"answer": judged["answer"]}
+            found.append({**asked, "gt_raw": prompt["gt_raw"], **read})
+    if "llm2clip" in said:
+        found.append({**asked, "similarities": _each(said["llm2clip"], "similarity")})
+    if "style" in said:
+        cosines = {encoder: _each(said["style"], encoder) for encoder in ("csd", "se")}
+        found.append({**asked, "style": prompt["style"], **cosines})
+    if "distance" in said:
+        found.append({**asked, "distances": _each(said["distance"], "distance")})
+    return found
+
+
+def prompt_score(verdicts: Sequence[Mapping[str, Any]]) -> float:
+    """How well a prompt did, in [0, 1], to find the worst: in the first dimension that it is judged in, which is what
+    its set is for; of a text, the share of its units that were read."""
+    read = [verdict["wac"] for verdict in verdicts if "wac" in verdict]
+    score = sum(read) / len(read) if read else verdicts[0]["score"]
+    return min(max(score, 0.0), 1.0)
 
 
 def max_new_tokens(gt_raw: str) -> int:
@@ -209,6 +281,11 @@ def normalize(text: str) -> str:
 def clean(answer: str, mode: Mode) -> str:
     """The reading judge's reply without the phrases of it that stand for no text (see the modes above)."""
     return without(answer, "addCriterion", *(NO_TEXT[:1] if mode == "official" else NO_TEXT))
+
+
+def _each(said: Judgements, field: str) -> list[Any]:
+    """A field of every judgement, None for what is lost."""
+    return [None if judged is None else judged[field] for _, judged in said]
 
 
 def _judging(data_dir: str | Path, ending: str) -> dict[tuple[str, str], dict[str, Any]]:

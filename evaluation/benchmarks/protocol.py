@@ -1,9 +1,11 @@
-"""What the benchmarks' protocols share: official files read and checked, and the plan of what has to be drawn."""
+"""What the benchmarks' protocols share: official files read and checked, the plan of what has to be drawn, and what is
+asked about the pictures."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from zimage_lit.errors import UserError
 
@@ -62,11 +64,46 @@ class PlannedImage:
     height: int
     official_file: str  # where the benchmark's own tools look for it
     cell: tuple[int, int] | None = None  # (row, column) of a grid of pictures that the official file is, if it is one
+    official_pattern: str = ""  # of the prompt's files, where the benchmark's own tools take any that fit, in order
 
     @property
     def file(self) -> str:
         """Its own lossless file, in a folder for the benchmark and language: `<prompt id>/<image>.png`."""
         return f"{self.prompt_id}/{self.image}.png"
+
+
+class Question(NamedTuple):
+    """What a judge is asked about a prompt's pictures.
+
+    role, question: as `evaluation.judges.contract` has them.   pictures: which of the prompt's, from 0.
+    """
+
+    role: str
+    pictures: tuple[int, ...]
+    question: Mapping[str, Any]
+
+
+class Judged(NamedTuple):
+    """A question, and what the judge said to it; None where one of its pictures is lost."""
+
+    question: Question
+    judgement: Mapping[str, Any] | None
+
+
+Judgements = Sequence[Judged]  # of a prompt's questions, in their order, without those whose role has no judge
+Lost = Mapping[int, str]  # picture -> why it is missing or broken
+
+
+def answers_of_pictures(numbers: Sequence[str], said: Judgements) -> list[dict[str, str] | None]:
+    """A prompt's answers, picture after picture, by the numbers of its questions; None for a picture that is lost.
+
+    said: to the first question about the first picture, to the second one about it, and so on.
+    """
+    pictures = [said[start : start + len(numbers)] for start in range(0, len(said), len(numbers))]
+    return [
+        {number: one.judgement["answer"] for number, one in zip(numbers, picture, strict=True) if one.judgement} or None
+        for picture in pictures
+    ]
 
 
 def cells(columns: int, number: int) -> Iterator[tuple[int, int]]:

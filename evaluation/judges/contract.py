@@ -5,8 +5,10 @@ this package or a user's own. Judgements are kept by the pictures' hashes, the q
 they must depend on nothing else.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
@@ -54,6 +56,11 @@ class JudgeRecord:
     def identity(self) -> dict[str, Any]:
         """What judgements are kept by: a library's new version does not make them void, but is in the record."""
         return {key: value for key, value in asdict(self).items() if key not in ("differs", "versions")}
+
+    @property
+    def key(self) -> str:
+        """The identity in 12 hex digits."""
+        return sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Judge(Protocol):

@@ -26,6 +26,16 @@ def test_noise_equals_that_of_diffusers_for_the_same_seeds():
     assert torch.equal(torch.stack(noises([42, 43], (16, 8, 8))), theirs)
 
 
+def test_draws_are_what_one_generator_gives_one_after_the_other():
+    source = torch.Generator().manual_seed(42)
+    expected = [randn_tensor((16, 6, 6), generator=source) for _ in range(4)]
+    drawn = noises([42] * 4, (16, 6, 6), draws=[0, 1, 2, 3])
+    assert all(torch.equal(one, other) for one, other in zip(drawn, expected, strict=True))
+    assert torch.equal(noises([42], (16, 6, 6), draws=[2])[0], expected[2])
+    with pytest.raises(UserError, match="draw must be 0 or more, not -1"):
+        noises([42], (4, 2, 2), draws=[-1])
+
+
 @pytest.mark.parametrize("seed", [-1, LARGEST_SEED + 1, 10**20])
 def test_seeds_that_torch_does_not_take_are_refused(seed):
     assert len(noises([0, LARGEST_SEED], (4, 2, 2))) == 2
@@ -51,6 +61,8 @@ def test_noise_drawn_anew_belongs_to_the_sample_and_not_to_its_batch(solver):
         assert torch.equal(latents, sample(backbone, [CAPTIONS[i]], [starts[i]], seeds=[i + 1], **settings)[0])
     other = sample(backbone, CAPTIONS, starts, seeds=[1, 2, 4], **settings)
     assert torch.equal(other[0], together[0]) and not torch.equal(other[2], together[2])
+    second = sample(backbone, CAPTIONS, starts, seeds=[1, 2, 3], draws=[0, 0, 1], **settings)
+    assert torch.equal(second[1], together[1]) and not torch.equal(second[2], together[2])
     with pytest.raises(ValueError, match=f"{solver['solver']} needs the seed of each of 3 samples"):
         sample(backbone, CAPTIONS, starts, **settings)
 

@@ -15,8 +15,7 @@ from data_modules.tinyworld.combinations import Metadata
 from data_modules.tinyworld.prepare import checked_canvases
 from data_modules.tinyworld.verifier import judge
 from data_modules.tinyworld.world import Size, heldout_prompts
-from evaluation.benchmarks import geneval
-from evaluation.benchmarks.tally import wilson_interval
+from evaluation.benchmarks import tinyworld
 from zimage_lit.callbacks.sampling import SamplingSettings, draw_pictures, joins_in_drawing
 from zimage_lit.callbacks.schedule import Scheduled
 from zimage_lit.errors import UserError, at_least_one
@@ -143,32 +142,17 @@ def named(size: Size) -> str:
 
 
 def is_right(record: Mapping[str, Any]) -> bool:
-    """Whether a judged picture shows what its statement says: a word as it was read, all else by GenEval's rules."""
-    if "correct" in record:
-        return bool(record["correct"])
-    return bool(geneval.evaluate(record["metadata"], record["detections"])["correct"])
+    """Whether a judged picture shows what its statement says."""
+    return bool(tinyworld.verdict_on(record)["correct"])
 
 
 def summarise(records: list[dict[str, Any]], step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(overall and tasks as {accuracy, n, ci_low, ci_high}; a verdict {correct, reason} for every record, in order)."""
-    objects = [record for record in records if record["metadata"]["tag"] != "word"]
-    words = [record for record in records if record["metadata"]["tag"] == "word"]
-    scored = geneval.score(objects, mode="fixed")
-    word_accuracy = sum(record["correct"] for record in words) / len(words)
-    low, high = wilson_interval(word_accuracy, len(words))
+    scored = tinyworld.score(records, mode="fixed")
     summary = {
         "step": step,
         "overall": {"accuracy": scored["overall"], "ci_low": scored["ci_low"], "ci_high": scored["ci_high"]},
-        "tasks": {
-            **scored["tasks"],
-            "word": {"accuracy": word_accuracy, "n": len(words), "ci_low": low, "ci_high": high},
-        },
+        "tasks": scored["tasks"],
         "interval": scored["interval"],
     }
-    verdicts = iter(scored["records"])
-    return summary, [
-        {"correct": record["correct"], "reason": "" if record["correct"] else f"read {record['read']}"}
-        if record["metadata"]["tag"] == "word"
-        else dict(next(verdicts))
-        for record in records
-    ]
+    return summary, scored["records"]
