@@ -137,6 +137,7 @@ def test_a_size_that_stays_changes_nothing() -> None:
         ((512, 512), (800, 800), (800, 800)),
         ((1280, 720), (750, 1333), (768, 1344)),  # the long side decides
         ((896, 1152), (1029, 800), (1056, 800)),
+        ((5000, 1), (1, 1333), (32, 1344)),
     ],
 )
 def test_the_input_keeps_the_pictures_shape(
