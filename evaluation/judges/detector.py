@@ -116,8 +116,9 @@ class Mask2FormerDetector:
         with torch.inference_mode():
             pixels, resized = detector_input(picture)
             output = network(pixel_values=pixels[None].to(network.device))
-            sizes = (tuple(pixels.shape[1:]), resized, (picture.height, picture.width))
-            return instances_of(output.class_queries_logits[0], output.masks_queries_logits[0], *sizes)
+            padded = (pixels.shape[1], pixels.shape[2])
+            logits = (output.class_queries_logits[0], output.masks_queries_logits[0])
+            return instances_of(*logits, padded, resized, (picture.height, picture.width))
 
     @cached_property
     def _network(self) -> Any:
@@ -276,11 +277,12 @@ def load_transformers(folder: str) -> Any:
         kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
         if kind != "mask2former":
             raise UserError(f"{folder} holds a network of the type {kind}: give the folder of a Mask2Former.")
-        network, report = Mask2FormerForUniversalSegmentation.from_pretrained(
+        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded ({str(error).splitlines()[0]}).") from error
+    network, report = loaded
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(UNUSED))
     if missing:
         raise UserError(f"{folder} does not fill a Mask2Former: {missing[0]} is missing: download it again.")
