@@ -2,7 +2,6 @@
 
 import random
 import sys
-import types
 from functools import cache
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from zimage_lit.errors import UserError
-from zimage_lit.rewards import RewardSet
+from zimage_lit.rewards import RewardSet, text
 from zimage_lit.rewards.text import OCRReward, edit_distance, lines_score, text_score, wanted_texts
 
 
@@ -84,18 +83,17 @@ def test_what_is_wanted_comes_from_the_metadata_or_the_quotation_marks(prompt: s
 
 
 def test_the_reward_reads_every_picture_and_drops_unsure_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    class RapidOCR:
+    class Player:
         """Reads the red value of the first pixel as the number of a text."""
 
-        def __init__(self, params: Any) -> None:
-            assert params == {"Rec.model_path": "reader.onnx"}
+        def __init__(self, who: str, options: Any) -> None:
+            assert (who, options) == ("the reward ocr", {"Rec.model_path": "reader.onnx"})
 
-        def __call__(self, image: Any) -> Any:
-            known = {1: (("OPEN", "dust"), (0.9, 0.2)), 2: (("OPAN",), (0.8,)), 3: (None, None)}
-            texts, scores = known[np.asarray(image)[0, 0, 0]]
-            return types.SimpleNamespace(txts=texts, scores=scores)
+        def read(self, image: Any) -> Any:
+            known = {1: [("OPEN", 0.9), ("dust", 0.2)], 2: [("OPAN", 0.8)], 3: []}
+            return known[np.asarray(image)[0, 0, 0]]
 
-    monkeypatch.setitem(sys.modules, "rapidocr", types.SimpleNamespace(RapidOCR=RapidOCR))
+    monkeypatch.setattr(text, "TextReader", Player)
     images = [torch.full((3, 8, 8), value, dtype=torch.uint8) for value in (1, 2, 3, 1)]
     reward = OCRReward(options={"Rec.model_path": "reader.onnx"})
     scores = RewardSet([reward]).score(images, ['a sign "OPEN"'] * 3 + ["a cat"])["ocr"]

@@ -51,7 +51,7 @@ class RemoteReward(RewardCallback):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self.url = checked_url(self.name, url)
+        self.url = checked_url(f"the reward {self.name}", url)
         self.kind = kind
         self.connection = Connection(wait, request_timeout)
         self._answered = "never asked"
@@ -141,8 +141,8 @@ def as_scores(scores: Any, url: str) -> Tensor:
     return torch.tensor([math.nan if value is None else value for value in scores], dtype=torch.float32)
 
 
-def checked_url(name: str, url: str) -> str:
+def checked_url(who: str, url: str) -> str:
     """Without a slash at its end. UserError for anything but http:// and https://."""
     if not url.startswith(("http://", "https://")):
-        raise UserError(f"the reward {name}: url must begin with http:// or https://, not be {url!r}.")
+        raise UserError(f"{who}: url must begin with http:// or https://, not be {url!r}.")
     return url.rstrip("/")

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from zimage_lit.errors import UserError
+from zimage_lit.components.text_reader import TextReader
 from zimage_lit.rewards.contract import Metadata, RewardCallback
 from zimage_lit.rewards.pictures import as_pil
 
@@ -26,7 +26,7 @@ class OCRReward(RewardCallback):
     min_confidence: lines that the reader is less sure of are not read, in [0, 1].
     options: of RapidOCR, such as `Det.model_path` and `Rec.model_path` for models of one's own.
 
-    Raises UserError where RapidOCR is not installed (`pip install 'zimage-lit[ocr]'`).
+    Raises UserError where RapidOCR is not installed (`pip install 'zimage-lit[ocr]'`) or does not know an option.
     """
 
     device = "cpu"
@@ -44,13 +44,7 @@ class OCRReward(RewardCallback):
         self.options = options or {}
 
     def load(self) -> None:
-        try:
-            from rapidocr import RapidOCR
-        except ImportError as error:
-            raise UserError(
-                f"the reward {self.name} reads with RapidOCR ({error}): install it with pip install 'zimage-lit[ocr]'."
-            ) from None
-        self._engine = RapidOCR(params=self.options)
+        self._reader = TextReader(f"the reward {self.name}", self.options)
 
     def applies_to(self, prompt: str, metadata: Metadata) -> bool:
         return bool(wanted_texts(prompt, metadata))
@@ -63,9 +57,8 @@ class OCRReward(RewardCallback):
 
     def read(self, image: Tensor) -> list[str]:
         """The lines of text in a uint8 (3, H, W) picture, in the reader's order: from top to bottom."""
-        found = self._engine(as_pil(image))
-        pairs = zip(found.txts or (), found.scores or (), strict=True)
-        return [text for text, confidence in pairs if confidence >= self.min_confidence]
+        lines = self._reader.read(as_pil(image))
+        return [text for text, confidence in lines if confidence >= self.min_confidence]
 
 
 def wanted_texts(prompt: str, metadata: Metadata) -> list[str]:

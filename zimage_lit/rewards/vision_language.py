@@ -53,12 +53,15 @@ class Answer:
 
 
 class Endpoint:
-    """Asks a model about pictures. The key is read from the environment when the first question is asked."""
+    """Asks a model about pictures. The key is read from the environment when the first question is asked.
 
-    def __init__(self, name: str, settings: EndpointSettings) -> None:
-        self.name = name
+    who: asks, for messages: "the reward yes_no".
+    """
+
+    def __init__(self, who: str, settings: EndpointSettings) -> None:
+        self.who = who
         self.settings = settings
-        self.url = checked_url(name, settings.url) + "/chat/completions"
+        self.url = checked_url(who, settings.url) + "/chat/completions"
 
     def ask_all(self, questions: Sequence[tuple[Tensor | None, str]], max_tokens: int | None = None) -> list[Answer]:
         """One answer to each (picture uint8 (3, H, W) or none, question), in order."""
@@ -77,7 +80,7 @@ class Endpoint:
         if variable is None:
             return {}
         if not os.environ.get(variable):
-            raise UserError(f"the reward {self.name}: the environment variable {variable} holds no key: set it.")
+            raise UserError(f"{self.who}: the environment variable {variable} holds no key: set it.")
         return {"Authorization": f"Bearer {os.environ[variable]}"}
 
     def request(self, image: Tensor | None, question: str, max_tokens: int) -> dict[str, Any]:
@@ -107,7 +110,7 @@ class EndpointReward(RewardCallback):
         self.question = question
         if "{prompt}" not in question:
             raise UserError(f"the reward {self.name}: question must hold {{prompt}} in its place: {question!r}.")
-        self._asked = Endpoint(self.name, endpoint)
+        self._asked = Endpoint(f"the reward {self.name}", endpoint)
 
     def load(self) -> None:
         self._asked.headers()  # a key that is missing stops the run before it begins
