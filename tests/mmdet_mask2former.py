@@ -6,6 +6,7 @@ names and orders, with nothing of transformers: its state dict has the names and
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch.nn.functional import grid_sample, interpolate, pad, unfold
 WIDTH, HEADS, LEVELS, POINTS, WINDOW = 32, 4, 3, 4, 3
 DEPTHS, SWIN_HEADS, SWIN_WIDTHS = (2, 1, 2, 1), (1, 2, 2, 4), (8, 16, 32, 64)
 ENCODER_LAYERS, DECODER_LAYERS, HIDDEN, QUERIES, CLASSES = 2, 4, 24, 7, 80
-CONFIG = {  # the same sizes as transformers' Mask2FormerConfig has them; `backbone` is of its SwinConfig
+CONFIG: dict[
+    str, dict[str, Any]
+] = {  # the same sizes as transformers' Mask2FormerConfig has them; `backbone` is of its SwinConfig
     "backbone": {
         "embed_dim": SWIN_WIDTHS[0],
         "depths": list(DEPTHS),

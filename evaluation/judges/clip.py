@@ -111,7 +111,10 @@ def as_openai_reads(text: str) -> str:
 
 
 def clip_differs(folder: str | Path) -> str:
-    """Why a folder's weights are not OpenAI's CLIP ViT-L/14 as they are published, empty if they are."""
+    """Why a folder's weights are not OpenAI's CLIP ViT-L/14 as they are published, empty if they are.
+
+    By the SHA-256 of the file that transformers reads: the same numbers in another file are not recognised.
+    """
     used = next((name for name in WEIGHTS if (Path(folder) / name).is_file()), None)
     if used is not None and file_sha256(Path(folder) / used) == WEIGHTS[used]:
         return ""

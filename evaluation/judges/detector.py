@@ -116,8 +116,9 @@ class Mask2FormerDetector:
         with torch.inference_mode():
             pixels, resized = detector_input(picture)
             output = network(pixel_values=pixels[None].to(network.device))
-            sizes = (tuple(pixels.shape[1:]), resized, (picture.height, picture.width))
-            return instances_of(output.class_queries_logits[0], output.masks_queries_logits[0], *sizes)
+            padded = (pixels.shape[1], pixels.shape[2])
+            logits = (output.class_queries_logits[0], output.masks_queries_logits[0])
+            return instances_of(*logits, padded, resized, (picture.height, picture.width))
 
     @cached_property
     def _network(self) -> Any:
@@ -137,7 +138,7 @@ class Mask2FormerDetector:
     def _checkpoint(self) -> Path | None:
         """mmdet's file, if the folder holds one. UserError where it is not clear which weights are meant."""
         checkpoints = sorted(Path(self.folder).glob("*.pth"))
-        others = sorted(Path(self.folder).glob("*.safetensors"))
+        others = sorted(path for kind in ("*.safetensors", "*.bin") for path in Path(self.folder).glob(kind))
         if len(checkpoints) > 1 or (checkpoints and others):
             names = ", ".join(path.name for path in (*checkpoints, *others))
             raise UserError(f"{self.folder} holds the weights of several networks ({names}): give each its own folder.")
@@ -195,7 +196,7 @@ def cut_out(picture: Image.Image, instance: Instance) -> Image.Image:
 def detector_input(picture: Image.Image) -> tuple[Tensor, Size]:
     """RGB -> float32 (3, H, W), H and W multiples of 32, and the size of the picture's part, at the top left."""
     scale = min(LONG_SIDE / max(picture.size), SHORT_SIDE / min(picture.size))
-    height, width = int(picture.height * scale + 0.5), int(picture.width * scale + 0.5)
+    height, width = (max(1, int(side * scale + 0.5)) for side in (picture.height, picture.width))
     levels = torch.from_numpy(resize_like_opencv(np.asarray(picture), height, width)).permute(2, 0, 1)
     levels = pad(levels, (0, -width % DIVISOR, 0, -height % DIVISOR), value=PADDING)
     mean, std = torch.from_numpy(MEAN)[:, None, None], torch.from_numpy(STD)[:, None, None]
@@ -275,12 +276,13 @@ def load_transformers(folder: str) -> Any:
     try:
         kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
         if kind != "mask2former":
-            raise UserError(f"{folder} holds a network of the type {kind}: give a Mask2Former's folder.")
-        network, report = Mask2FormerForUniversalSegmentation.from_pretrained(
+            raise UserError(f"{folder} holds a network of the type {kind}: give the folder of a Mask2Former.")
+        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded ({str(error).splitlines()[0]}).") from error
+    network, report = loaded
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(UNUSED))
     if missing:
         raise UserError(f"{folder} does not fill a Mask2Former: {missing[0]} is missing: download it again.")

@@ -17,14 +17,14 @@ from torch import Tensor
 from zimage_lit.errors import UserError
 
 # configs/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.py of mmdet 2.27
-SWIN_S_BACKBONE = {
+SWIN_S_BACKBONE: dict[str, Any] = {
     "embed_dim": 96,
     "depths": [2, 2, 18, 2],
     "num_heads": [3, 6, 12, 24],
     "window_size": 7,
     "out_features": ["stage1", "stage2", "stage3", "stage4"],
 }
-SWIN_S_HEAD = {
+SWIN_S_HEAD: dict[str, Any] = {
     "num_labels": 80,
     "num_queries": 100,
     "feature_size": 256,

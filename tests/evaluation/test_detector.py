@@ -137,6 +137,7 @@ def test_a_size_that_stays_changes_nothing() -> None:
         ((512, 512), (800, 800), (800, 800)),
         ((1280, 720), (750, 1333), (768, 1344)),  # the long side decides
         ((896, 1152), (1029, 800), (1056, 800)),
+        ((5000, 1), (1, 1333), (32, 1344)),
     ],
 )
 def test_the_input_keeps_the_pictures_shape(
@@ -249,7 +250,7 @@ def test_a_judgement_is_that_of_the_network_alone(transformers_folder: Path, cli
     with torch.no_grad():
         output = network(pixel_values=pixels[None])
     logits = (output.class_queries_logits[0], output.masks_queries_logits[0])
-    answer = instances_of(*logits, tuple(pixels.shape[1:]), resized, (30, 45))
+    answer = instances_of(*logits, (pixels.shape[1], pixels.shape[2]), resized, (30, 45))
     assert {CLASSES[one.cls] for one in answer} == {"person", "cat"}
     (judgement,) = judge.judge(question(image))
     assert json.loads(json.dumps(judgement)) == {
@@ -311,9 +312,9 @@ def color_one_by_one(model: Any, tokenizer: Any, image: Image.Image, instance: I
     pixels[~instance.mask.numpy()] = 0x99
     x1, y1, x2, y2 = instance.box
     crop = Image.fromarray(pixels[y1:y2, x1:x2])
-    size = tuple(32 if side == min(crop.size) else int(32 * side / min(crop.size)) for side in crop.size)
-    left, top = (round((side - 32) / 2) for side in size)
-    seen = crop.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
+    width, height = (32 if side == min(crop.size) else int(32 * side / min(crop.size)) for side in crop.size)
+    left, top = (round((side - 32) / 2) for side in (width, height))
+    seen = crop.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
     mean, std = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     normalized = (torch.from_numpy(np.asarray(seen) / 255) - torch.tensor(mean)) / torch.tensor(std)
     cosines = []
