@@ -50,7 +50,13 @@ def said(role: str, question: Any, chance: random.Random) -> dict[str, Any]:
             "detections": [
                 {
                     "cls": name,
-                    "box": [x := chance.randint(0, 50), y := chance.randint(0, 50), x + 9, y + 9, chance.uniform(0.5, 1)],
+                    "box": [
+                        x := chance.randint(0, 50),
+                        y := chance.randint(0, 50),
+                        x + 9,
+                        y + 9,
+                        chance.uniform(0.5, 1),
+                    ],
                     "color": chance.choice(["red", "blue", "green"]) if name in question["colors"] else None,
                 }
                 for name in names
