@@ -8,11 +8,13 @@ from typing import Any
 from PIL import Image
 
 from evaluation.benchmark_pass import BenchmarkPass, Prompt, Seen, judgement_entry
+from evaluation.benchmarks.protocol import Judged
 from evaluation.judges.contract import ROLES, Asked, Judge, JudgeRecord
 from evaluation.ledger import Ledger
 from evaluation.pictures import picture_hash
 from evaluation.progress import progress_over
 from evaluation.shards import Shard
+from evaluation.suite import BenchmarkModule
 from zimage_lit.config import did_you_mean, one_line
 from zimage_lit.errors import UserError, root_of
 
@@ -21,7 +23,7 @@ DEFAULT_JUDGES = {
     "ocr": "evaluation.judges.ocr.RapidOCRReader",
     "vlm": "evaluation.judges.vlm.QwenVLJudge",
     "clip": "evaluation.judges.clip.CLIPJudge",
-    "vqa": "evaluation.judges.vqa.MPLUGJudge",
+    "vqa": "evaluation.judges.vqa.MPlugJudge",
     "llm2clip": "evaluation.judges.llm2clip.LLM2CLIPJudge",
     "style": "evaluation.judges.style.StyleJudge",
     "distance": "evaluation.judges.dreamsim.DreamSimJudge",
@@ -142,6 +144,35 @@ def ask(work: BenchmarkPass, role: str, judge: Judge, record: JudgeRecord, shard
             done(len(batch))
     for ledger in (sightings, judgements):
         ledger.close()
+
+
+def ask_at_once(
+    module: BenchmarkModule,
+    prompts: Sequence[Prompt],
+    pictures: Sequence[Sequence[Image.Image]],
+    judges: Mapping[str, Judge],
+) -> list[list[dict[str, Any]]]:
+    """Each prompt's records, as its benchmark counts them, of pictures in memory; nothing is kept.
+
+    pictures: of each prompt.   judges: by role; the benchmark's other questions are not asked.
+    """
+    asked = [
+        (place, question)
+        for place, prompt in enumerate(prompts)
+        for question in module.questions(prompt, len(pictures[place]))
+        if question.role in judges
+    ]
+    judgements: dict[int, Mapping[str, Any]] = {}
+    for role, judge in judges.items():
+        own = [number for number, (_, question) in enumerate(asked) if question.role == role]
+        shown = [(asked[number][1], pictures[asked[number][0]]) for number in own]
+        questions = [Asked(tuple(own[i] for i in one.pictures), one.question) for one, own in shown]
+        answers = _checked(role, judge, [{} for _ in own], judge.judge(questions))
+        judgements |= {number: answer["judgement"] for number, answer in zip(own, answers, strict=True)}
+    said: list[list[Judged]] = [[] for _ in prompts]
+    for number, (place, question) in enumerate(asked):
+        said[place].append(Judged(question, judgements[number]))
+    return [module.records(prompt, own, {}) for prompt, own in zip(prompts, said, strict=True)]
 
 
 def _entries(

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from evaluation.benchmarks.metric import Benchmark
 from evaluation.benchmarks.protocol import Judgements, Lost, PlannedImage, Question
+from evaluation.benchmarks.tally import Mode
 from zimage_lit.config import did_you_mean
 from zimage_lit.errors import UserError
 
@@ -39,6 +40,9 @@ class BenchmarkModule(Benchmark, Protocol):
 
     @staticmethod
     def records(prompt: Mapping[str, Any], judgements: Judgements, lost: Lost) -> list[dict[str, Any]]: ...
+
+    @staticmethod
+    def score(records: Sequence[Mapping[str, Any]], mode: Mode = "official") -> dict[str, Any]: ...
 
     @staticmethod
     def prompt_score(verdicts: Sequence[Mapping[str, Any]]) -> float: ...

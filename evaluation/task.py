@@ -1,6 +1,6 @@
 """`lightning run evaluate`: draw what the benchmarks ask for, let judges look, score.
 
-    draw (model=…)  ->  look  ->  judge, role by role  ->  score
+    draw (model=…)  ->  look  ->  judge, role by role  ->  score  ->  report
 
 Every step keeps what is done as soon as it is done and leaves it alone when it comes again: a command that was killed
 at any moment goes on when it is given again, and ends with the same files.
@@ -9,10 +9,12 @@ output/<benchmark>/images/                what the model drew, and manifest.json
 output/<benchmark>/pictures.jsonl         what was seen of each prompt's pictures: hashes, and what is lost
 output/<benchmark>/judgements/*.jsonl     what each judge said, by pictures and question
 output/<benchmark>/prompts.jsonl, result.json    see scoring.py
+output/<benchmark>/report.html, .md, .json       the same for people; output/report.html of several benchmarks
 """
 
 import gc
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -40,7 +42,9 @@ from zimage_lit.pipeline import ZImagePipeline, load_pipeline, sampling_argument
 class EvaluateSettings:
     """Settings of `lightning run evaluate`; of those of sampling null stands for what the model was saved with."""
 
-    benchmark: list[str]  # geneval, cvtg2k, longtext, oneig, dpg, tinyworld, several with commas between, or all
+    # geneval, cvtg2k, longtext, oneig, dpg, tinyworld, several with commas between, or all; by themselves, with
+    # settings of their own: fidelity (images, reference, inception) and preference (votes)
+    benchmark: list[str]
     model: str | None = None  # what draws: a pipeline's folder, a run's folder, or a run's checkpoint (.ckpt)
     images: str | None = None  # or pictures that are there: a folder; for several benchmarks a folder each below it
     data: str | None = None  # folder with the official files, a folder a benchmark: geneval/, cvtg2k/ and so on
@@ -66,6 +70,8 @@ class EvaluateSettings:
     eta: float | None = None  # share of the noise that cps draws anew, 0 to 1
     batch_size: int = 1  # pictures drawn at once; more is faster for small pictures and equal up to rounding
     device: str | None = None  # where the model draws: cpu, cuda, cuda:1, …; a GPU where there is one
+    experiment_name: str | None = "zimage-lit"  # in MLflow, where every model is a run; null: no tracking
+    tracking_uri: str | None = None  # MLflow store; MLFLOW_TRACKING_URI, else outputs/mlflow.db
 
     @property
     def height(self) -> int | None:
@@ -82,15 +88,24 @@ OF_DRAWING = (
 )  # fmt: skip
 
 
+SIDE_TASKS = {"fidelity": "fidelity_task", "preference": "preference_task"}
+
+
 def evaluate_task(settings: dict[str, Any]) -> None:
     """Evaluate a model, or pictures that are there, on benchmarks.
 
     Raises UserError for wrong settings, official files, judges and a model that cannot be used, and pictures that were
     drawn with other settings: all before anything is drawn.
     """
+    if settings.get("benchmark") in SIDE_TASKS:
+        from evaluation import side_tasks  # torch-fidelity, and statistics: not for benchmarks
+
+        getattr(side_tasks, SIDE_TASKS[settings["benchmark"]])(settings)
+        return
     asked = settings_from(EvaluateSettings, settings)
     check_settings(asked, settings)
-    evaluate(asked)
+    if finished := evaluate(asked):
+        report(asked, finished)
 
 
 def check_settings(asked: EvaluateSettings, given: Mapping[str, Any]) -> None:
@@ -233,7 +248,8 @@ def judge_all(
             if role in work.roles:
                 ask(work, role, judge, records[role], shard)
         del judge
-        free_memory()
+        if judges:
+            free_memory()
 
 
 def free_memory() -> None:
@@ -250,12 +266,15 @@ def finish(
 ) -> bool:
     """Score, and say how it went; False where other shards have still to do their share."""
     own = {role: records[role] for role in work.roles}
-    name = asked.name or Path(asked.model or asked.images or "").resolve().name
     pictures = {**made, "images_per_prompt": work.number, "compressed": work.pictures.compressed}
-    described = Described(name, pictures, own, tuple(reasons(asked, work, own)))
+    described = Described(model_name(asked), pictures, own, tuple(reasons(asked, work, own)))
     finished = score(work, described, drawn=asked.model is not None)
     Console().print(said(work) if finished else waiting(work), highlight=False, soft_wrap=True, markup=False)
     return finished
+
+
+def model_name(asked: EvaluateSettings) -> str:
+    return asked.name or Path(asked.model or asked.images or "").resolve().name
 
 
 def reasons(asked: EvaluateSettings, work: BenchmarkPass, judges: Mapping[str, JudgeRecord]) -> list[str]:
@@ -274,6 +293,26 @@ def reasons(asked: EvaluateSettings, work: BenchmarkPass, judges: Mapping[str, J
     if work.pictures.gallery and not work.pictures.compressed:
         found.append("Judges saw the pictures without the compression of the benchmark's own tools.")
     return found
+
+
+def report(asked: EvaluateSettings, results: Sequence[Path]) -> None:
+    """Pages about finished results, each and all together, and what MLflow gets of them."""
+    from evaluation.report.tracking import log_to_mlflow
+    from evaluation.report.write import write_report
+    from zimage_lit.tracking import ResilientMLFlowLogger
+
+    for folder in results:
+        write_report([folder], folder)
+    if len(results) > 1:
+        write_report(results, Path(asked.output))
+    if asked.experiment_name is None:
+        return
+    name = model_name(asked)
+    own = Path(asked.output) / "mlflow" / re.sub(r"[^\w.-]", "_", name)
+    logger = ResilientMLFlowLogger(asked.experiment_name, str(own), name, asked.tracking_uri)
+    for folder in results:
+        log_to_mlflow(folder, logger)
+    logger.finalize("success")
 
 
 def said(work: BenchmarkPass) -> str:

@@ -76,6 +76,7 @@ usage: {program} run NAME [key=value …]    run an experiment or a task
        {program} run NAME --help           what it is, and its settings
        {program} run NAME --print-config   the settings it would run with, composed but not yet checked
        {program} run --list                all experiments and tasks
+       {program} run evaluate --self-test  whether this installation evaluates as it should
        {program} run GRAPH --dry-run       the stages of a graph: which are finished, which would be run
        {program} run GRAPH --from STAGE    runs that stage and all that begins from it anew; --only STAGE no other one
 
@@ -128,7 +129,7 @@ def run(words: list[str], program: str) -> int:
     """`run …`: the list, a help page, the composed settings, a task, a training or a graph of them."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the user's own code; a console script does not look there by itself
-    options = [word for word in words if word in ("-h", "--help", "--list", "--print-config")]
+    options = [word for word in words if word in ("-h", "--help", "--list", "--print-config", "--self-test")]
     words, of_graph = graph_options(words)
     names = [word for word in words if word not in options]
     if "--list" in options:
@@ -145,6 +146,8 @@ def run(words: list[str], program: str) -> int:
     graph = name not in TASKS and is_graph(experiment(name))
     if of_graph and not graph:
         raise UserError(f"{name} is no graph of several stages: --from, --only and --dry-run belong to those.")
+    if "--self-test" in options and name != "evaluate":
+        raise UserError(f"--self-test belongs to evaluate, not to {name}: {program} run evaluate --self-test")
     if name in TASKS:
         return run_task(name, changes, options, program)
     if graph:
@@ -284,6 +287,8 @@ def build(config: dict[str, Any]) -> Any:
 def run_task(name: str, overrides: list[str], options: list[str], program: str) -> int:
     task = TASKS[name]
     module_name, _, function_name = task.function.partition(":")
+    if options == ["--self-test"]:
+        return self_test(overrides)
     if set(options) - {"--print-config"}:
         usage = f"{name} EXPERIMENT" if task.of_experiment else name
         print(f"{name}: {task.description}\n\nusage: {program} run {usage} [key=value …]\n")
@@ -296,6 +301,16 @@ def run_task(name: str, overrides: list[str], options: list[str], program: str) 
         return 0
     function: Callable[[dict[str, Any]], int | None] = getattr(module, function_name)
     return function(settings) or 0
+
+
+def self_test(overrides: list[str]) -> int:
+    """Checks of this installation, with golden=FOLDER of vectors that the benchmarks' own code has made."""
+    from evaluation.self_test import self_test as run_checks
+
+    settings = parse_overrides(overrides)
+    if unknown := sorted(settings.keys() - {"golden"}):
+        raise UserError(f"{unknown[0]} is not a setting of --self-test, which takes golden=FOLDER alone.")
+    return run_checks(Path(settings["golden"]) if "golden" in settings else None)
 
 
 def experiment_settings(words: list[str]) -> dict[str, Any]:

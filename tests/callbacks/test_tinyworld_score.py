@@ -134,16 +134,18 @@ def test_the_grid_has_a_row_for_each_number_of_steps(tmp_path: Path, monkeypatch
 
 def test_pictures_of_several_sizes_come_back_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     class Pipeline:
-        def __call__(self, prompts: list[str], height: int, width: int, seed: list[int], batch_size: int) -> list:
-            return [(prompt, width, height, own) for prompt, own in zip(prompts, seed, strict=True)]
+        def __call__(
+            self, prompts: list[str], height: int, width: int, seed: list[int], draw: list[int], **_: Any
+        ) -> Any:
+            return [(prompt, width, height, *own) for prompt, *own in zip(prompts, seed, draw, strict=True)]
 
     monkeypatch.setattr("zimage_lit.callbacks.sampling.stage_pipeline", lambda *_: Pipeline())
     module: Any = SimpleNamespace(training=False, eval=lambda: None, train=lambda mode: None)
     trainer: Any = SimpleNamespace(callbacks=[], precision_plugin=SimpleNamespace(forward_context=nullcontext))
     sizes = [(48, 48), (96, 64), (48, 48)]
-    found = draw_pictures(trainer, module, SamplingSettings(), ["a", "b", "c"], [1, 2, 3], sizes)
-    assert found == [("a", 48, 48, 1), ("b", 96, 64, 2), ("c", 48, 48, 3)]
-    assert draw_pictures(trainer, module, SamplingSettings(), ["a"], [5]) == [("a", 64, 64, 5)]
+    found = draw_pictures(trainer, module, SamplingSettings(), ["a", "b", "c"], [1, 2, 3], sizes, draws=[0, 1, 2])
+    assert found == [("a", 48, 48, 1, 0), ("b", 96, 64, 2, 1), ("c", 48, 48, 3, 2)]
+    assert draw_pictures(trainer, module, SamplingSettings(), ["a"], [5]) == [("a", 64, 64, 5, 0)]
 
 
 @pytest.mark.parametrize("canvases", [[], [(64,)], [(64, 0)]])

@@ -81,11 +81,13 @@ def draw_pictures(
     prompts: Sequence[str],
     seeds: Sequence[int],
     sizes: Sequence[tuple[int, int]] | None = None,
+    draws: Sequence[int] | None = None,
 ) -> list[Image.Image]:
     """One picture per prompt with the averaged weights, in the precision of the training.
 
-    sizes: (width, height) of each picture in pixels; None: those of `settings`. Call it on every process of a run:
-    where each holds a part of the weights, none can draw alone.
+    sizes: (width, height) of each picture in pixels; None: those of `settings`.   draws: which of its seed's noises
+    each begins from; None: the first. Call it on every process of a run: where each holds a part of the weights, none
+    can draw alone.
     """
     was_training = pl_module.training
     pl_module.eval()
@@ -93,6 +95,7 @@ def draw_pictures(
         with averaged_weights(trainer, pl_module), trainer.precision_plugin.forward_context():
             pipeline = stage_pipeline(pl_module, settings)
             sizes = sizes or [(settings.width, settings.height)] * len(prompts)
+            draws = draws or [0] * len(prompts)
             drawn: dict[int, Image.Image] = {}
             for width, height in dict.fromkeys(sizes):
                 places = [place for place, size in enumerate(sizes) if size == (width, height)]
@@ -101,6 +104,7 @@ def draw_pictures(
                     height=height,
                     width=width,
                     seed=[seeds[place] for place in places],
+                    draw=[draws[place] for place in places],
                     batch_size=settings.batch_size,
                 )
                 drawn.update(zip(places, pictures, strict=True))
