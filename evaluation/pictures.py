@@ -53,14 +53,14 @@ class PictureFolder:
 
         plan: of all pictures that the protocol has for the prompt. UserError where several models' grids are there.
         """
-        official = self._official(plan[0])
         cells = [one.cell or (0, one.image) for one in plan]
         shape = (max(row for row, _ in cells) + 1, max(column for _, column in cells) + 1)
+        own = [_with_any_ending(self.folder / one.file) for one in plan]
+        official = [] if all(own) else self._official(plan[0])
         found: list[Place | None] = []
-        for one, cell in zip(plan, cells, strict=True):
-            own = _with_any_ending(self.folder / one.file)
-            files = [own] if own else official[:1] if one.cell else official[one.image : one.image + 1]
-            found.append(Place(files[0], cell, shape, cut=own is None and one.cell is not None) if files else None)
+        for one, cell, file in zip(plan, cells, own, strict=True):
+            files = [file] if file else official[:1] if one.cell else official[one.image : one.image + 1]
+            found.append(Place(files[0], cell, shape, cut=file is None and one.cell is not None) if files else None)
         return found
 
     def state(self, places: Sequence[Place | None]) -> list[list[Any] | None]:

@@ -233,7 +233,8 @@ def judge_all(
             if role in work.roles:
                 ask(work, role, judge, records[role], shard)
         del judge
-        free_memory()
+        if judges:
+            free_memory()
 
 
 def free_memory() -> None:

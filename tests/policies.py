@@ -126,6 +126,7 @@ def fit(
     callbacks: Sequence[lightning.Callback] | None = None,
     length: int = 8,
     data: lightning.LightningDataModule | None = None,
+    save_every: int = 100,
     **settings: Any,
 ) -> Seen:
     """Train for `steps` iterations; the learning rate always ends at iteration `length`."""
@@ -134,7 +135,7 @@ def fit(
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, max_epochs=-1, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
-        callbacks=[Watch(), EMA(decay=0.9), *callbacks, RunCheckpoint(every_n_steps=100)], **arguments,
+        callbacks=[Watch(), EMA(decay=0.9), *callbacks, RunCheckpoint(save_every)], **arguments,
     )  # fmt: skip
     module.total_steps = lambda: length  # type: ignore[method-assign]
     trainer.fit(module, datamodule=data or Data(), ckpt_path=resume, weights_only=True)

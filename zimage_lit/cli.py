@@ -27,6 +27,7 @@ from zimage_lit.config import (
     find_experiment,
     flatten,
     is_file_name,
+    is_graph,
     key_comments,
     list_experiments,
     load_layers,
@@ -75,6 +76,8 @@ usage: {program} run NAME [key=value …]    run an experiment or a task
        {program} run NAME --help           what it is, and its settings
        {program} run NAME --print-config   the settings it would run with, composed but not yet checked
        {program} run --list                all experiments and tasks
+       {program} run GRAPH --dry-run       the stages of a graph: which are finished, which would be run
+       {program} run GRAPH --from STAGE    runs that stage and all that begins from it anew; --only STAGE no other one
 
 NAME is an experiment (./experiments/NAME.yaml, else one shipped with zimage-lit), the path of a .yaml file, or a task.
 key=value changes one setting: trainer.max_steps=100, data.init_args.num_workers=2, trainer.callbacks.NAME=null (removes
@@ -122,29 +125,55 @@ def lightning_main() -> int:
 
 
 def run(words: list[str], program: str) -> int:
-    """`run …`: the list, a help page, the composed settings, a task or a training."""
+    """`run …`: the list, a help page, the composed settings, a task, a training or a graph of them."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the user's own code; a console script does not look there by itself
     options = [word for word in words if word in ("-h", "--help", "--list", "--print-config")]
+    words, of_graph = graph_options(words)
     names = [word for word in words if word not in options]
     if "--list" in options:
         if names:
             raise UserError(f"--list shows everything, it takes no '{names[0]}'; see {program} run --help")
         print(listing())
-    elif not names:
+        return 0
+    if not names:
         print(USAGE.format(program=program))
         return 0 if options else 2
-    elif "=" in names[0]:
-        raise UserError(f"the name of an experiment comes before '{names[0]}'; {program} run --list shows them all")
-    elif names[0] in TASKS:
-        return run_task(names[0], names[1:], options, program)
-    elif "--print-config" in options:
-        print(to_yaml(compose(experiment(names[0]), names[1:])), end="")
+    name, changes = names[0], names[1:]
+    if "=" in name:
+        raise UserError(f"the name of an experiment comes before '{name}'; {program} run --list shows them all")
+    graph = name not in TASKS and is_graph(experiment(name))
+    if of_graph and not graph:
+        raise UserError(f"{name} is no graph of several stages: --from, --only and --dry-run belong to those.")
+    if name in TASKS:
+        return run_task(name, changes, options, program)
+    if graph:
+        from zimage_lit import graph_run  # from here on `${stage:…}` is known
+
+        if not options:
+            return graph_run.run_graph(name, changes, graph_run.GraphOptions(**of_graph))
+    if "--print-config" in options:
+        print(to_yaml(compose(name, changes)), end="")
     elif options:
-        print(experiment_help(experiment(names[0]), program))
+        print(experiment_help(name, program))
     else:
-        return train(experiment(names[0]), names[1:])
+        return train(name, changes)
     return 0
+
+
+def graph_options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """(the other words, arguments of GraphOptions) of a command line."""
+    others, found, left = [], dict[str, Any](), iter(words)
+    for word in left:
+        if word == "--dry-run":
+            found["dry_run"] = True
+        elif word in ("--from", "--only"):
+            found["begin" if word == "--from" else "only"] = stage = next(left, "")
+            if not stage or "=" in stage:
+                raise UserError(f"{word} takes the name of a stage, such as {word} sft")
+        else:
+            others.append(word)
+    return others, found
 
 
 def experiment(name: str) -> str:

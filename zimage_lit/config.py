@@ -123,6 +123,11 @@ def load_layers(name: str) -> list[Layer]:
     return list(layers.values())
 
 
+def is_graph(name: str) -> bool:
+    """Whether an experiment is a graph of several: one of its files has `stages:` (see zimage_lit/graph.py)."""
+    return any("stages" in layer.values for layer in load_layers(name))
+
+
 def collect_layers(path: Path, parents: tuple[Path, ...], layers: dict[Path, Layer]) -> None:
     path = path.resolve()
     if path in parents:

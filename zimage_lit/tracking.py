@@ -42,6 +42,7 @@ from zimage_lit.spool import Spool, deliver, first_line
 log = logging.getLogger(__name__)
 
 RUN_FILE = "mlflow_run.json"
+TAGS_VARIABLE = "ZIMAGE_LIT_RUN_TAGS"  # environment: tags, as JSON, of all runs of a process
 SPOOL_FOLDER = "mlflow_spool"
 SEND_EVERY = 1.0  # seconds; what is logged in between travels in one request
 LONGEST_PARAM = 500  # older servers take no more; the config artifact holds the whole value
@@ -59,7 +60,7 @@ class ResilientMLFlowLogger(MLFlowLogger):
         output_dir: folder of the run; holds the spool and `mlflow_run.json`, which a resumed run continues.
         tracking_uri: MLflow store; None means the environment variable MLFLOW_TRACKING_URI, else the file `mlflow.db`
             in the nearest folder above `output_dir` called `outputs`, else in the folder above it.
-        tags: further tags of the run, such as `mlflow.parentRunId`.
+        tags: further tags of the run, such as `mlflow.parentRunId`; those of the environment (TAGS_VARIABLE) join them.
         resume: False starts a new MLflow run even where `mlflow_run.json` exists.
         wait_at_end: seconds that the end of a run waits for a server that does not answer.
 
@@ -97,7 +98,8 @@ class ResilientMLFlowLogger(MLFlowLogger):
         client_uri = uri if rank_zero else "http://127.0.0.1"
         try:
             with sole_opening(client_uri):
-                super().__init__(experiment_name, run_name, client_uri, tags, artifact_location=artifacts)
+                own_tags = {**json.loads(os.environ.get(TAGS_VARIABLE, "{}")), **(tags or {})}
+                super().__init__(experiment_name, run_name, client_uri, own_tags, artifact_location=artifacts)
         except Exception as error:
             raise UserError(f"The MLflow store {shown(uri)} cannot be opened: {first_line(error)}") from error
         self._tracking_uri = uri

@@ -1,16 +1,14 @@
 """CLIP-type rewards on tiny networks of the real classes, against transformers used directly."""
 
-import string
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny_clip import SMALL, letters_tokenizer, save_clip
 from torch import Tensor, nn
 from transformers import (
-    CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     PreTrainedTokenizerFast,
@@ -24,34 +22,11 @@ from zimage_lit.rewards import RewardSet
 from zimage_lit.rewards.clip import AestheticReward, CLIPReward, HPSReward, PickScoreReward, linear_layers
 
 PROMPTS = ["a red cat", "dog", "a very long prompt that goes on and on"]
-SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Of single letters, between a start and an end."""
-    words = {word: place for place, word in enumerate(["<s>", "</s>", "<pad>", *string.ascii_lowercase])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    inner.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
-    )
 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    text = {**SMALL, "vocab_size": 29, "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1}
-    config = CLIPConfig(text_config=text, vision_config={**SMALL, "image_size": 32, "patch_size": 8}, projection_dim=12)
-    model = CLIPModel(config)
-    for parameter in model.parameters():  # fresh ones are so small that every picture looks alike
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +36,7 @@ def siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = {**SMALL, "vocab_size": 29, "max_position_embeddings": 12, "projection_size": 16}
     model = SiglipModel(SiglipConfig(text_config=text, vision_config={**SMALL, "image_size": 32, "patch_size": 8}))
     model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    letters_tokenizer().save_pretrained(folder)
     SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 

@@ -1,6 +1,5 @@
 """One self-contained HTML page about a run: pictures over time, scores, the loss curve, the settings."""
 
-import base64
 import html
 import io
 import math
@@ -15,13 +14,9 @@ from matplotlib.figure import Figure
 from zimage_lit.callbacks.tinyworld_score import TinyWorldScore
 from zimage_lit.errors import at_least_one
 from zimage_lit.files import write_atomically
+from zimage_lit.pages import data_uri, document
 
 matplotlib.use("Agg")
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222}
-img{max-width:100%}table{border-collapse:collapse}
-td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}pre{background:#f6f6f6;padding:1rem;overflow:auto;font-size:13px}
-figure{margin:1rem 0}figcaption{color:#666}"""
 
 
 class HTMLReport(Callback):
@@ -79,10 +74,7 @@ class HTMLReport(Callback):
             "<h2>Settings</h2>",
             f"<pre>{html.escape(config_text(folder))}</pre>",
         ]
-        return (
-            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(folder.name)}</title>"
-            f"<style>{STYLE}</style>{''.join(parts)}</html>\n"
-        )
+        return document(folder.name, "".join(parts))
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses, "recent": self._recent}
@@ -108,9 +100,8 @@ def step_of(path: Path) -> str:
 
 
 def figure(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode()
     text = html.escape(caption)
-    return f"<figure><img alt='{text}' src='data:image/png;base64,{data}'><figcaption>{text}</figcaption></figure>"
+    return f"<figure><img alt='{text}' src='{data_uri(png, 'PNG')}'><figcaption>{text}</figcaption></figure>"
 
 
 def loss_curve(losses: list[tuple[int, float]]) -> bytes:

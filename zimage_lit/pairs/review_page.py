@@ -14,10 +14,9 @@ from html import escape
 
 from PIL import Image
 
-from zimage_lit.grids import encoded
+from zimage_lit.pages import reduced
 
 PREVIEW = 384  # pixels, longest side of a picture on the page; larger ones are reduced
-SMALL = 128  # pixels; pictures up to here are enlarged and keep their pixels visible
 
 
 @dataclass(frozen=True)
@@ -86,15 +85,9 @@ def card(pair: ShownPair) -> str:
 
 
 def figure(content: bytes, role: str) -> str:
-    with Image.open(io.BytesIO(content)) as opened:
-        picture = opened.convert("RGB")
-    small = max(picture.size) <= SMALL
-    picture.thumbnail((PREVIEW, PREVIEW))
-    form = "PNG" if small else "WEBP"
-    source = f"data:image/{form.lower()};base64,{base64.b64encode(encoded(picture, form)).decode()}"
-    return f'<figure><img class="{"small" if small else "large"}" alt="{role}" src="{source}">' + (
-        f"<figcaption>{role}</figcaption></figure>"
-    )
+    with Image.open(io.BytesIO(content)) as picture:
+        image = reduced(picture, PREVIEW, role)
+    return f"<figure>{image}<figcaption>{role}</figcaption></figure>"
 
 
 def told(score: float | None) -> str:

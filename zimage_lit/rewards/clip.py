@@ -1,10 +1,12 @@
 """Rewards that are CLIP-type networks, read from local folders by transformers: alignment, aesthetics, preference."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
@@ -41,7 +43,7 @@ class CLIPReward(RewardCallback):
         self.differentiable = differentiable
 
     def load(self) -> None:
-        self._features = CLIPFeatures(self.name, self.folder, self.processor or self.folder)
+        self._features = CLIPFeatures(f"the reward {self.name}", self.folder, self.processor or self.folder)
         self.model = self._features.model  # placed and frozen with the reward
 
     @property
@@ -94,7 +96,7 @@ class AestheticReward(RewardCallback):
         self.differentiable = differentiable
 
     def load(self) -> None:
-        self._features = CLIPFeatures(self.name, self.folder, self.folder)
+        self._features = CLIPFeatures(f"the reward {self.name}", self.folder, self.folder)
         self.model = self._features.model
         config = self.model.config
         width = getattr(config, "projection_dim", config.vision_config.hidden_size)  # SigLIP projects nothing
@@ -105,30 +107,39 @@ class AestheticReward(RewardCallback):
 
 
 class CLIPFeatures:
-    """Normalised features (B, D) of pictures and texts."""
+    """Normalised features (B, D) of pictures and texts.
 
-    def __init__(self, name: str, folder: str, processor_folder: str) -> None:
+    owner: whose sentence an error is, such as "the reward clip".
+    """
+
+    def __init__(self, owner: str, folder: str, processor_folder: str) -> None:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer  # takes seconds: only who needs it pays
 
         for place in (folder, processor_folder):
             if not Path(place).is_dir():
-                raise UserError(f"the reward {name}: there is no folder {place}: download the model there.")
+                raise UserError(f"{owner}: there is no folder {place}: download the model there.")
         try:
             self.model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
             self.tokenizer = AutoTokenizer.from_pretrained(processor_folder, local_files_only=True)
             self.processor = AutoImageProcessor.from_pretrained(processor_folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"the reward {name}: {folder} cannot be loaded ({str(error).splitlines()[0]}).") from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{owner}: {folder} cannot be loaded ({str(error).splitlines()[0]}).") from error
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
-            raise UserError(f"the reward {name}: {folder} holds a {type(self.model).__name__}, which is no CLIP.")
-        self.fingerprint = fingerprint(folder)[:16]
+            raise UserError(f"{owner}: {folder} holds a {type(self.model).__name__}, which is no CLIP.")
+        self.folder = folder
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.folder)[:16]
 
     def of_images(self, images: Sequence[Tensor], differentiable: bool) -> Tensor:
         """images: uint8 (3, H, W), or float in [-1, 1] where `differentiable`."""
         if differentiable:
-            pixels = torch.stack([self.prepared(image) for image in images])
-        else:
-            pixels = self.processor(images=[as_pil(image) for image in images], return_tensors="pt")["pixel_values"]
+            return self.of_pixels(torch.stack([self.prepared(image) for image in images]))
+        return self.of_pixels(self.processor([as_pil(image) for image in images], return_tensors="pt")["pixel_values"])
+
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        """pixels: (B, 3, H, W), resized, cropped and normalised as the network wants them."""
         found = self.model.get_image_features(pixel_values=pixels.to(self.model.device))
         return normalize(found.pooler_output, dim=-1)
 

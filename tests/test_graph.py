@@ -1,0 +1,316 @@
+"""Graphs of stages: what is run, what is not run again, what is refused, and how it all appears in MLflow."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from zimage_lit import cli, graph_run
+from zimage_lit.config import flatten
+from zimage_lit.graph import fingerprints, read_graph
+
+REPOSITORY = Path(__file__).parents[1]
+TOY = """
+description: a toy
+trainer:
+  max_steps: 12
+  accelerator: cpu
+  devices: 1
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    checkpoint:
+      class_path: zimage_lit.callbacks.checkpoint.RunCheckpoint
+      init_args: {every_n_steps: 5}
+model:
+  class_path: toys.ToyModule
+  init_args:
+    encoder: {class_path: toys.ToyEncoder, init_args: {folder: here}}
+    trace: ${run.output_dir}.txt
+data: {class_path: toys.ToyDataModule}
+"""
+GRAPH = """
+description: three stages, two of which begin from the first
+run: {output_dir: outputs/life}
+stages:
+  base:
+    run: toy
+    set: {trainer.max_steps: 3}
+  left:
+    run: toy
+    set: {model.init_args.encoder.init_args.folder: "${stage:base}", model.init_args.dropout: 0.2}
+    note: the first of two variants
+  right:
+    run: toy
+    set: {model: {init_args: {encoder: {init_args: {folder: "${stage:base}"}}}}}
+  both:
+    run: merge
+    set: {variants: ["${stage:left}", "${stage:right}"], weights: [0.5, 0.5], experiment_name: null}
+"""
+
+
+@pytest.fixture
+def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the experiment toy and the graph life."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/toy.yaml").write_text(TOY)
+    (tmp_path / "experiments/life.yaml").write_text(GRAPH)
+    return tmp_path
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What stages were asked to run, without running it and without MLflow."""
+    commands: list[list[str]] = []
+
+    def run(words: list[str], environment: object) -> int:
+        commands.append(words)
+        folder = next(word.partition("=")[2] for word in words if word.startswith(("run.output_dir=", "output=")))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return 0
+
+    monkeypatch.setattr(graph_run, "run_command", run)
+    logger = SimpleNamespace(run_id="1", tracking_uri="sqlite:///no.db")
+    monkeypatch.setattr(graph_run, "tracked", lambda graph: nullcontext(logger))
+    return commands
+
+
+def run(*words: str) -> int:
+    return cli.main(["run", *words], program="lightning")
+
+
+def names(commands: list[list[str]]) -> list[str]:
+    """The stages behind commands, in order."""
+    folders = [word for words in commands for word in words if word.startswith(("run.output_dir=", "output="))]
+    return [folder.rpartition("/")[2] for folder in folders]
+
+
+def test_stages_run_in_order_each_with_what_the_ones_before_hand_on(life, asked):
+    assert run("life") == 0
+    assert names(asked) == ["base", "left", "right", "both"]
+    assert asked[0] == [
+        "toy", "seed_everything=0", "trainer.max_steps=3", "run.output_dir=outputs/life/base", "run.name=life/base",
+    ]  # fmt: skip
+    for words in asked[1:3]:
+        assert "model.init_args.encoder.init_args.folder=outputs/life/base/pipeline" in words
+    assert "variants=['outputs/life/left/pipeline', 'outputs/life/right/pipeline']" in asked[3]
+    graph = read_graph("life")
+    assert [stage.begins_from for stage in graph.stages] == [(), ("base",), ("base",), ("left", "right")]
+
+
+def test_what_is_finished_is_not_run_again(life, asked, capsys):
+    run("life")
+    asked.clear()
+    assert run("life") == 0
+    assert not asked
+    assert "stage 2 of 4, left (toy): finished already, in outputs/life/left" in capsys.readouterr().out
+
+
+def test_a_changed_stage_is_run_anew_and_all_that_begins_from_it(life, asked):
+    run("life")
+    (life / "outputs/life/left/mine").write_text("kept")
+    asked.clear()
+    assert run("life", "stages.left.set.model.init_args.dropout=0.3") == 0
+    assert names(asked) == ["left", "both"]
+    assert (life / "outputs/life/left.1/mine").read_text() == "kept"
+    asked.clear()
+    (life / "experiments/toy.yaml").write_text(TOY.replace("max_steps: 12", "max_steps: 13"))  # base says its own
+    assert run("life", "stages.left.set.model.init_args.dropout=0.3") == 0
+    assert names(asked) == ["left", "right", "both"]
+
+
+def test_how_a_run_is_watched_changes_nothing(life, asked):
+    run("life")
+    asked.clear()
+    assert run("life", "stages.left.set.trainer.enable_progress_bar=true") == 0
+    assert not asked
+
+
+def test_a_stage_that_fails_ends_the_graph_with_its_code_and_is_gone_on_with(life, monkeypatch, asked, capsys):
+    works = graph_run.run_command
+
+    def fail(words: list[str], environment: object) -> int:
+        works(words, environment)
+        return 3 if "run.name=life/right" in words else 0
+
+    monkeypatch.setattr(graph_run, "run_command", fail)
+    assert run("life") == 3
+    assert names(asked) == ["base", "left", "right"]
+    assert "right ended with code 3" in capsys.readouterr().err
+    asked.clear()
+    monkeypatch.setattr(graph_run, "run_command", works)
+    assert run("life") == 0
+    assert names(asked) == ["right", "both"]
+    assert not (life / "outputs/life/right.1").exists()  # it goes on in its folder
+
+
+def test_from_runs_a_stage_and_what_begins_from_it_anew(life, asked):
+    run("life")
+    asked.clear()
+    assert run("life", "--from", "right") == 0
+    assert names(asked) == ["right", "both"]
+    assert {path.name for path in (life / "outputs/life").glob("*.1")} == {"right.1", "both.1"}
+
+
+def test_only_runs_one_stage_and_needs_what_it_begins_from(life, asked, capsys):
+    assert run("life", "--only", "both") == 2
+    assert "both begins from left, which is not finished: run --only left before it" in capsys.readouterr().err
+    assert run("life", "--only", "base") == 0
+    assert run("life", "--only", "left") == 0
+    assert names(asked) == ["base", "left"]
+
+
+def test_a_dry_run_tells_and_runs_nothing(life, asked, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    run("life", "--only", "base")
+    asked.clear()
+    capsys.readouterr()
+    assert run("life", "--dry-run", "--from", "right") == 0
+    assert not asked and not (life / "outputs/life/right").exists()
+    rows = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
+    assert "finished" in rows["base"] and "to run" in rows["left"] and "the first of two variants" in rows["left"]
+    assert "left, right" in rows["both"] and "merge" in rows["both"]
+    run("life", "--dry-run", "stages.base.set.trainer.max_steps=4")
+    assert "changed: to run anew" in capsys.readouterr().out
+
+
+def test_pipelines_are_scored_alike(life):
+    stage = read_graph("life").stage("both")
+    assert graph_run.score_words(stage, {"benchmark": "tinyworld", "prompts": 4}) == [
+        "evaluate", "benchmark=tinyworld", "prompts=4", "model=outputs/life/both/pipeline", "name=both",
+        "output=outputs/life/both/evaluation",
+    ]  # fmt: skip
+
+
+def test_the_stages_of_a_graph_are_runs_below_its_own(life):
+    """Two real trainings, in MLflow, of which the second begins from the first."""
+    toy = TOY.replace("logger: false", """logger:
+    class_path: zimage_lit.tracking.ResilientMLFlowLogger
+    init_args: {experiment_name: zimage-lit, run_name: "${run.name}", output_dir: "${run.output_dir}"}""")  # fmt: skip
+    (life / "experiments/toy.yaml").write_text(toy)
+    two = GRAPH.partition("  right:")[0]
+    (life / "experiments/life.yaml").write_text(two)
+    process = subprocess.run(
+        [sys.executable, "-m", "zimage_lit", "run", "life"], cwd=life, env=environment(), capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{life}/outputs/mlflow.db")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "zimage-lit"]
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"life", "life/base", "life/left"}
+    parent = runs["life"].info.run_id
+    for name in ("base", "left"):
+        assert runs[f"life/{name}"].data.tags["mlflow.parentRunId"] == parent
+        assert runs[f"life/{name}"].data.tags["stage"] == name
+    assert runs["life/left"].data.tags["begins_from/base"] == runs["life/base"].info.run_id
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
+def test_a_killed_graph_takes_its_stage_with_it_and_goes_on(life):
+    slow = TOY.replace("max_steps: 12", "max_steps: 500").replace("every_n_steps: 5", "every_n_steps: 20")
+    (life / "experiments/toy.yaml").write_text(slow)
+    one = GRAPH.partition("  left:")[0].replace("trainer.max_steps: 3", "trainer.max_steps: 400")
+    (life / "experiments/life.yaml").write_text(one)
+    command = [sys.executable, "-m", "zimage_lit", "run", "life"]
+    trace = life / "outputs/life/base.txt"
+
+    def steps() -> list[int]:
+        return [int(line.split()[0]) for line in trace.read_text().splitlines()] if trace.is_file() else []
+
+    begun = 0
+    for killed, code in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)):
+        process = subprocess.Popen(command, cwd=life, env=environment(), stderr=subprocess.DEVNULL)
+        until(lambda begun=begun: len(steps()) > begun + 25)
+        process.send_signal(killed)
+        assert process.wait(60) == code
+        until(lambda: not running_in(life))
+        begun = len(steps())
+        assert steps()[-1] < 400
+        state = json.loads((life / "outputs/life/graph.json").read_text())["stages"]["base"]
+        assert state["status"] == "running"
+    assert subprocess.run(command, cwd=life, env=environment(), stderr=subprocess.DEVNULL).returncode == 0
+    assert not (life / "outputs/life/base.1").exists()
+    assert steps()[-1] == 400 and steps()[begun] >= steps()[begun - 1] - 20  # from its last checkpoint
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"}
+
+
+def until(holds: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)
+
+
+def running_in(folder: Path) -> list[str]:
+    """Processes that work in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (
+                int(process.name) != os.getpid()
+                and (process / "cwd").resolve() == folder.resolve()
+                and (process / "cmdline").read_bytes()
+            ):
+                found.append(process.name)
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def test_fingerprints_tell_settings_and_origins_apart(life):
+    first = fingerprints(read_graph("life"))
+    assert first == fingerprints(read_graph("life")) and len(set(first.values())) == 4
+    other = fingerprints(read_graph("life", ["seed_everything=1"]))
+    assert not set(first.values()) & set(other.values())
+    moved = fingerprints(read_graph("life", ["stages.base.set.trainer.max_steps=4"]))
+    assert moved["left"] != first["left"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["stages.left.run=toi"], r"stages.left.run is 'toi', no experiment or task \(did you mean 'toy'\?\)"),
+        (["stages.left.sett=1"], r"stages.left has no key 'sett' \(did you mean 'set'\?\)"),
+        (["trainer.max_steps=1"], r"life has no key 'trainer'"),
+        (["stages.base.set.data.init_args.folder=outputs/life/left/pipeline"], "stages.base begins from left, which"),
+        (["stages.base.set.data.init_args.folder=${stage:lef}"], r"there is no stage lef \(did you mean 'left'\?\)"),
+        (["stages.left.set.trainer.max_step=1"], r"stages.left \(toy\): .*max_step"),
+        (["stages.both.set.weight=[1]"], r"stages.both \(merge\): .*weight"),
+        (["--only", "lft"], r"life has no stage 'lft' \(did you mean 'left'\?\)"),
+        (["--from"], "--from takes the name of a stage"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_run(life, asked, capsys, change, message):
+    assert run("life", *change) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not asked
+
+
+def test_options_of_graphs_belong_to_graphs(life, capsys):
+    assert run("toy", "--dry-run") == 2
+    assert "toy is no graph of several stages" in capsys.readouterr().err
+
+
+def test_a_graph_has_its_page_and_its_settings_like_any_experiment(life, capsys):
+    assert run("life", "--print-config") == 0
+    assert "outputs/life/base/pipeline" in capsys.readouterr().out
+    assert run("life", "--help") == 0
+    assert "stages.left.run=toy" in capsys.readouterr().out
+    assert flatten({"a": {"b": 1}}) == {"a.b": 1}

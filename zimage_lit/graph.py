@@ -1,0 +1,174 @@
+"""A graph: stages that begin from one another, each an experiment or a task, in order.
+
+    run: {name: lifecycle, output_dir: outputs/lifecycle}
+    stages:
+      omni: {run: tiny/omni, set: {trainer.max_steps: 2000}}
+      merge: {run: merge, set: {variants: ["${stage:sft-words}", "${stage:sft-counting}"], sweep: 4}}
+
+`${stage:NAME}` is what an earlier stage hands on: the pipeline of a training and of a merge, the folder of any other
+task. Each stage has the folder <output_dir>/NAME. This module reads a graph; graph_run.py runs it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from zimage_lit.cli import TASKS
+from zimage_lit.config import as_typed, compose, did_you_mean, flatten, list_experiments, parse_value
+from zimage_lit.errors import UserError
+
+KEYS = ("description", "run", "seed_everything", "stages", "score", "experiment_name", "tracking_uri")
+STAGE_KEYS = ("run", "set", "note")
+MAKES_A_PIPELINE = ("merge",)  # of the tasks; every experiment does
+# Settings of an experiment that say how a run is watched, not what it makes.
+WATCHING = ("description", "run.*", "trainer.logger*", "trainer.enable_progress_bar", "trainer.log_every_n_steps")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: the experiment or task that it runs, and where."""
+
+    name: str
+    runs: str
+    settings: Mapping[str, Any]  # by dotted key
+    folder: Path
+    note: str = ""  # for people: why it stands where it stands
+    begins_from: tuple[str, ...] = ()  # the stages whose folders its settings name
+
+    @property
+    def makes_a_pipeline(self) -> bool:
+        return self.runs not in TASKS or self.runs in MAKES_A_PIPELINE
+
+    @property
+    def product(self) -> Path:
+        """What it hands on."""
+        return self.folder / "pipeline" if self.makes_a_pipeline else self.folder
+
+    @property
+    def words(self) -> list[str]:
+        """The stage as `lightning run` takes it."""
+        if self.runs in TASKS:
+            own = {"output": str(self.folder)}
+        else:
+            own = {"run.output_dir": str(self.folder), "run.name": f"{self.folder.parent.name}/{self.name}"}
+        return [self.runs, *(f"{key}={typed(value)}" for key, value in {**self.settings, **own}.items())]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All stages in order. score: settings of `evaluate` for every pipeline that a stage hands on; None: no scores."""
+
+    name: str
+    folder: Path
+    stages: tuple[Stage, ...]
+    score: Mapping[str, Any] | None = None
+    experiment_name: str = "zimage-lit"
+    tracking_uri: str | None = None
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name; UserError where there is none."""
+        named = {stage.name: stage for stage in self.stages}
+        if name not in named:
+            raise UserError(f"{self.name} has no stage '{name}'{did_you_mean(name, named, listing='it has')}")
+        return named[name]
+
+    def dependents(self, name: str) -> list[Stage]:
+        """The stage, and all that begin from it directly or through others, in order."""
+        found = [self.stage(name)]
+        for stage in self.stages:
+            if {other.name for other in found} & set(stage.begins_from):
+                found.append(stage)
+        return found
+
+
+def read_graph(name: str, overrides: Sequence[str] = ()) -> Graph:
+    """The graph behind an experiment's name.
+
+    Raises UserError for unknown keys, experiments and tasks, and for a stage that begins from one which does not come
+    before it.
+    """
+    config = compose(name, overrides)
+    check_keys(name, config, KEYS)
+    folder = Path(config["run"]["output_dir"])
+    stages: list[Stage] = []
+    for stage_name, values in mapping(f"{name}: stages", config["stages"]).items():
+        stages.append(read_stage(stage_name, mapping(f"stages.{stage_name}", values), folder, config, stages))
+    if not stages:
+        raise UserError(f"{name} has no stages: name at least one.")
+    given = {key: config[key] for key in ("score", "experiment_name", "tracking_uri") if key in config}
+    return Graph(config["run"]["name"], folder, tuple(stages), **given)
+
+
+def read_stage(
+    name: str, values: Mapping[str, Any], folder: Path, config: Mapping[str, Any], before: Sequence[Stage]
+) -> Stage:
+    """One entry of `stages:`; the graph's seed is that of an experiment, where the stage does not say another."""
+    check_keys(f"stages.{name}", values, STAGE_KEYS)
+    runs, known = values.get("run"), {**list_experiments(), **TASKS}
+    if runs not in known:
+        raise UserError(f"stages.{name}.run is {runs!r}, no experiment or task{did_you_mean(str(runs), known)}")
+    settings = flatten(mapping(f"stages.{name}.set", values.get("set") or {})) if values.get("set") else {}
+    if runs not in TASKS:
+        settings = {"seed_everything": config["seed_everything"], **settings}
+    inputs = [other for other in config["stages"] if other != name and named_in(settings, folder / other)]
+    late = [other for other in inputs if other not in [stage.name for stage in before]]
+    if late:
+        raise UserError(f"stages.{name} begins from {late[0]}, which comes after it: change their order.")
+    return Stage(name, runs, settings, folder / name, values.get("note") or "", tuple(inputs))
+
+
+def handed_on(name: str, *, _root_: Any) -> str:
+    """The resolver behind `${stage:NAME}`."""
+    stages = _root_.get("stages") or {}
+    if name not in stages:
+        raise ValueError(f"there is no stage {name}{did_you_mean(name, list(stages), listing='there are')}")
+    return str(Stage(name, stages[name].get("run"), {}, Path(_root_.run.output_dir) / name).product)
+
+
+OmegaConf.register_new_resolver("stage", handed_on, replace=True)
+
+
+def fingerprints(graph: Graph) -> dict[str, str]:
+    """Of each stage: what it is made of (its settings, and all that it begins from), in 16 hexadecimal digits."""
+    found: dict[str, str] = {}
+    for stage in graph.stages:
+        settings: Mapping[str, Any] = stage.settings
+        if stage.runs not in TASKS:
+            composed = flatten(compose(stage.runs, stage.words[1:]))
+            settings = {k: v for k, v in composed.items() if not any(fnmatch(k, pattern) for pattern in WATCHING)}
+        made_of = [stage.runs, settings, [found[name] for name in stage.begins_from]]
+        found[stage.name] = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    return found
+
+
+def named_in(value: Any, folder: Path) -> bool:
+    """Whether a setting, or a part of it, is a path at or below a folder."""
+    if isinstance(value, Mapping):
+        return any(named_in(part, folder) for part in value.values())
+    if isinstance(value, list):
+        return any(named_in(part, folder) for part in value)
+    return isinstance(value, str) and (Path(value) == folder or folder in Path(value).parents)
+
+
+def mapping(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{key} must be a mapping, not {value!r}.")
+    return value
+
+
+def check_keys(place: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in values:
+        if key not in known:
+            raise UserError(f"{place} has no key '{key}'{did_you_mean(key, known, listing='there are')}")
+
+
+def typed(value: Any) -> str:
+    """A value as it is written behind `key=`; text that would be read as something else is quoted."""
+    text = as_typed(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and parse_value(text, "") != value else text

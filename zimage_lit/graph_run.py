@@ -1,0 +1,275 @@
+"""`lightning run GRAPH`: its stages one after the other, each a `lightning run` of its own, in one MLflow run.
+
+A stage is a process of its own: it has all the memory, starts its own other processes, and goes on by itself where it
+was killed. What it is made of is its fingerprint (see graph.py), and `graph.json` in the graph's folder keeps that of
+every stage which was begun: a finished stage with the same fingerprint is not run again; one with another is set aside,
+nothing is deleted, and run anew, as is all that begins from it.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from zimage_lit.cli import TASKS
+from zimage_lit.config import compose, settings_from
+from zimage_lit.errors import UserError
+from zimage_lit.files import read_json, write_atomically
+from zimage_lit.graph import Graph, Stage, fingerprints, read_graph, typed
+from zimage_lit.tracking import RUN_FILE, TAGS_VARIABLE, ResilientMLFlowLogger
+
+STATE = "graph.json"
+SCORES = "evaluation"  # in a stage's folder
+PARENT_DEATH = 1  # Linux's PR_SET_PDEATHSIG
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: little may be done between fork and exec
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What the command line says beside the settings."""
+
+    begin: str | None = None  # --from: this stage and all that begins from it are run anew
+    only: str | None = None  # --only: no other stage is run
+    dry_run: bool = False  # --dry-run: show what would be run
+
+
+@dataclass
+class State:
+    """graph.json: of every stage that was begun its fingerprint, whether it is finished, and the seconds it took."""
+
+    path: Path
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, folder: Path) -> "State":
+        path = folder / STATE
+        way_out = "delete it, and the stages are run anew, their folders set aside"
+        return cls(path, read_json(path, way_out)["stages"] if path.is_file() else {})
+
+    def is_finished(self, stage: Stage, fingerprint: str) -> bool:
+        known = self.stages.get(stage.name, {})
+        return known.get("fingerprint") == fingerprint and known.get("status") == "finished"
+
+    def is_begun(self, stage: Stage, fingerprint: str) -> bool:
+        return self.stages.get(stage.name, {}).get("fingerprint") == fingerprint
+
+    def note(self, stage: Stage, fingerprint: str, status: str, seconds: float) -> None:
+        """Seconds are added to those of earlier sessions with the same fingerprint."""
+        before = self.stages[stage.name]["seconds"] if self.is_begun(stage, fingerprint) else 0.0
+        self.stages[stage.name] = {"fingerprint": fingerprint, "status": status, "seconds": before + seconds}
+        write_atomically(self.path, json.dumps({"stages": self.stages}, indent=1) + "\n")
+
+    def forget(self, stages: Sequence[Stage]) -> None:
+        for stage in stages:
+            self.stages.pop(stage.name, None)
+        write_atomically(self.path, json.dumps({"stages": self.stages}, indent=1) + "\n")
+
+
+def run_graph(name: str, overrides: Sequence[str], options: GraphOptions) -> int:
+    """Run what is missing of a graph; returns the exit code: 0, that of the stage that failed, or 128 + signal.
+
+    Raises UserError for wrong settings, of any stage, before anything is run.
+    """
+    graph = read_graph(name, overrides)
+    check_stages(graph)
+    prints, state = fingerprints(graph), State.of(graph.folder)
+    anew = graph.dependents(options.begin) if options.begin else []
+    if options.only:
+        check_inputs(graph.stage(options.only), graph, prints, state)
+    if options.dry_run:
+        show(graph, prints, state, anew)
+        return 0
+    state.forget(anew)
+    with tracked(graph) as logger:
+        for number, stage in enumerate(graph.stages, start=1):
+            if options.only not in (None, stage.name):
+                continue
+            heading = f"stage {number} of {len(graph.stages)}, {stage.name} ({stage.runs})"
+            if state.is_finished(stage, prints[stage.name]):
+                print(f"{heading}: finished already, in {stage.folder}", flush=True)
+                continue
+            print(f"{heading}: {stage.folder}", flush=True)
+            if code := run_stage(stage, graph, prints[stage.name], state, logger):
+                print(
+                    f"{stage.name} ended with code {code}, for the reason above; the stages before it are kept, and "
+                    "the same command goes on with it.",
+                    file=sys.stderr,
+                )
+                return code
+    return 0
+
+
+def run_stage(stage: Stage, graph: Graph, fingerprint: str, state: State, logger: ResilientMLFlowLogger) -> int:
+    """The stage, then its scores where it hands on a pipeline."""
+    if not state.is_begun(stage, fingerprint):
+        set_aside(stage.folder)
+        state.note(stage, fingerprint, "running", 0.0)
+    commands = [stage.words]
+    if graph.score is not None and stage.makes_a_pipeline:
+        commands.append(score_words(stage, graph.score))
+    environment = {**os.environ, **run_environment(stage, graph, logger)}
+    for words in commands:
+        began = time.monotonic()
+        code = run_command(words, environment)
+        finished = code == 0 and words is commands[-1]
+        state.note(stage, fingerprint, "finished" if finished else "running", time.monotonic() - began)
+        if code:
+            return code
+    return 0
+
+
+def score_words(stage: Stage, score: Mapping[str, Any]) -> list[str]:
+    settings = {**score, "model": str(stage.product), "name": stage.name, "output": str(stage.folder / SCORES)}
+    return ["evaluate", *(f"{key}={typed(value)}" for key, value in settings.items())]
+
+
+def run_command(words: Sequence[str], environment: Mapping[str, str]) -> int:
+    """`lightning run …` in a process of its own, which hears of an interruption and does not outlive this one."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zimage_lit", "run", *words], env=environment, preexec_fn=die_with_parent
+    )
+    with passing_on_signals(process):
+        code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def die_with_parent() -> None:
+    """Linux alone can promise it; elsewhere a stage whose graph is killed runs to its end by itself."""
+    if LIBC is not None:
+        LIBC.prctl(PARENT_DEATH, signal.SIGKILL)
+
+
+@contextmanager
+def passing_on_signals(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """A request to stop is the stage's: it saves, and ends with the code that says so.
+
+    An interruption from the keyboard reaches the stage by itself.
+    """
+
+    def pass_on(number: int, _: Any) -> None:
+        if number != signal.SIGINT:
+            process.send_signal(number)
+
+    handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename an earlier stage's folder to the first free `<folder>.N`."""
+    if not folder.exists():
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    print(f"what {folder} held is now in {aside}")
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def check_stages(graph: Graph) -> None:
+    """Every stage's settings, as far as they can be checked before what they begin from is there."""
+    from zimage_lit.validate import check_config
+
+    commands = [(f"stages.{stage.name}", stage.words) for stage in graph.stages]
+    if graph.score is not None:
+        commands.append(("score", score_words(graph.stages[0], graph.score)))
+    for place, (runs, *words) in commands:
+        try:
+            if runs in TASKS:
+                module = importlib.import_module(TASKS[runs].function.partition(":")[0])
+                settings_from(getattr(module, TASKS[runs].settings), words)
+            else:
+                check_config(compose(runs, words))
+        except UserError as error:
+            raise UserError(f"{place} ({runs}): {error}") from None
+
+
+def check_inputs(stage: Stage, graph: Graph, prints: Mapping[str, str], state: State) -> None:
+    for name in stage.begins_from:
+        if not state.is_finished(graph.stage(name), prints[name]):
+            raise UserError(f"{stage.name} begins from {name}, which is not finished: run --only {name} before it.")
+
+
+# ---------------------------------------------------------------------------------------------------------- tracking
+
+
+@contextmanager
+def tracked(graph: Graph) -> Iterator[ResilientMLFlowLogger]:
+    """The parent run, which the runs of the stages name as theirs."""
+    logger = ResilientMLFlowLogger(
+        graph.experiment_name, str(graph.folder), graph.name, graph.tracking_uri, tags={"zimage_lit.kind": "graph"}
+    )
+    logger.log_tags({f"stage/{stage.name}": stage.runs for stage in graph.stages})
+    status = "failed"
+    try:
+        yield logger
+        status = "success"
+    finally:
+        logger.finalize(status)
+
+
+def run_environment(stage: Stage, graph: Graph, logger: ResilientMLFlowLogger) -> dict[str, str]:
+    """What makes the stage's MLflow run a child of the graph's, in the same store, and shows what it begins from."""
+    parents = {name: graph.stage(name).folder / RUN_FILE for name in stage.begins_from}
+    lineage = {
+        f"begins_from/{name}": read_json(path)["run_id"] if path.is_file() else str(path.parent)
+        for name, path in parents.items()
+    }
+    tags = {"mlflow.parentRunId": str(logger.run_id), "stage": stage.name, **lineage}
+    return {TAGS_VARIABLE: json.dumps(tags), "MLFLOW_TRACKING_URI": logger.tracking_uri}
+
+
+# ----------------------------------------------------------------------------------------------------------- showing
+
+
+def show(graph: Graph, prints: Mapping[str, str], state: State, anew: Sequence[Stage]) -> None:
+    """The table of --dry-run."""
+    table = Table(title=f"{graph.name}: {graph.folder}")
+    for column in ("stage", "runs", "begins from", "state", "minutes", "GPU-hours planned", "note"):
+        table.add_column(column)
+    for stage in graph.stages:
+        known = state.stages.get(stage.name)
+        if stage in anew or known is None:
+            told = "to run" if known is None else "to run anew"
+        elif not state.is_begun(stage, prints[stage.name]):
+            told = "changed: to run anew"
+        else:
+            told = "finished" if known["status"] == "finished" else "to go on"
+        minutes = f"{known['seconds'] / 60:.1f}" if known else ""
+        table.add_row(
+            stage.name, stage.runs, ", ".join(stage.begins_from), told, minutes, planned_hours(stage), stage.note
+        )
+    Console().print(table)
+
+
+def planned_hours(stage: Stage) -> str:
+    """Of a training on GPUs, as `plan` reckons with its own defaults; empty where it cannot say."""
+    from zimage_lit.plan import PlanSettings, make_plan
+    from zimage_lit.plan_inputs import compose_leniently, read_training
+
+    if stage.runs in TASKS:
+        return ""
+    asked = PlanSettings(stage.runs, overrides=stage.words[1:])
+    try:
+        found = make_plan(read_training(compose_leniently(asked.experiment, asked.overrides)), asked)
+    except UserError:  # a stage that plan does not know
+        return ""
+    return "" if found.gpu_hours is None else f"{found.gpu_hours:.3g}"
