@@ -37,7 +37,7 @@ YES_OR_NO = "{question} Answer with yes or no only."
 YES_OR_NO_TOKENS = 8
 
 
-class MPlugJudge:
+class MPLUGJudge:
     """Role vqa: mPLUG-large, as DPG-Bench asks it, from its folder as published.
 
     folder: config.yaml, config_bert.json, vocab.txt and pytorch_model.bin of
