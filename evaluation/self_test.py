@@ -6,6 +6,7 @@ Each check is a line: ok, failed with what was found, or skipped with what is no
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def checks(golden: Path | None) -> Iterator[tuple[str, Callable[[], str]]]:
     for name, check in BY_HAND.items():
         yield f"{name}, scored by hand", check
     for name, compare in PUBLISHED.items():
-        yield f"{name}, published vectors", lambda name=name, compare=compare: against_published(golden, name, compare)
+        yield f"{name}, published vectors", partial(against_published, golden, name, compare)
     yield "OCR reads English", read_english
     yield "OCR reads Chinese", read_chinese
     yield "TinyWorld's verifier", judge_tinyworld
@@ -125,7 +126,7 @@ def oneig_by_hand() -> str:
     """
     anime = {"set": "anime", "id": "000"}
     answers = [{"1": "Yes", "2": "Yes"}, {"1": "No", "2": "Yes"}]
-    records = [
+    records: list[dict[str, Any]] = [
         {**anime, "dependency": {"1": [0], "2": [1]}, "answers": answers},
         {"set": "text", "id": "001", "gt_raw": "['Hello World']", "ocr": "Hello"},
         {"set": "reasoning", "id": "002", "gt_answer": "", "similarities": [0.2, 0.4]},

@@ -99,9 +99,8 @@ class QwenVLJudge:
             )
         except (OSError, ValueError) as error:
             raise self._unusable(error) from error
-        greedy = model.generation_config
-        greedy.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-        self._model = model.to(usable_device(self.device)).eval()
+        model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+        self._model = torch.nn.Module.to(model, usable_device(self.device)).eval()
 
     def _dtype(self) -> torch.dtype:
         return torch.float32 if usable_device(self.device).type == "cpu" else torch.bfloat16

@@ -37,7 +37,7 @@ YES_OR_NO = "{question} Answer with yes or no only."
 YES_OR_NO_TOKENS = 8
 
 
-class MPlugJudge:
+class MPLUGJudge:
     """Role vqa: mPLUG-large, as DPG-Bench asks it, from its folder as published.
 
     folder: config.yaml, config_bert.json, vocab.txt and pytorch_model.bin of
@@ -92,7 +92,7 @@ class MPlugJudge:
         device = self._model.text_decoder.bias.device
         seen = as_input(picture, self._model.config.image_res).to(device)
         found = self._model.answer(seen, torch.tensor(tokens, device=device))
-        return self._tokenizer.decode(found, skip_special_tokens=True)
+        return str(self._tokenizer.decode(found, skip_special_tokens=True))
 
 
 class BlipVQAJudge:
@@ -136,17 +136,18 @@ class BlipVQAJudge:
         found = self._model.generate(
             pixel_values=pixels, input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], **BLIP_ANSWER
         )
-        return self._tokenizer.decode(found[0], skip_special_tokens=True)
+        return str(self._tokenizer.decode(found[0], skip_special_tokens=True))
 
     def _load(self) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, BlipForQuestionAnswering
 
         self._check()
-        places = {"pretrained_model_name_or_path": self.folder, "local_files_only": True}
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(**places)
-            self._processor = AutoImageProcessor.from_pretrained(**places, backend="pil")
-            model = BlipForQuestionAnswering.from_pretrained(**places, use_safetensors=True, dtype=torch.float32)
+            self._tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            self._processor = AutoImageProcessor.from_pretrained(self.folder, local_files_only=True, backend="pil")
+            model: torch.nn.Module = BlipForQuestionAnswering.from_pretrained(
+                self.folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            )
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.folder} cannot be loaded as BLIP ({str(error).splitlines()[0]}): download "

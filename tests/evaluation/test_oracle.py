@@ -105,8 +105,8 @@ def test_pages_fill_their_margins_and_no_more(font: str) -> None:
         assert (found[:2] >= MARGIN).all() and (found[2:] < 1024 - MARGIN).all()
     assert many[3] > 600 > few[3]
     assert np.asarray(blank(64)).min() == 255
-    with pytest.raises(ValueError, match="do not fit on a page of 1024 pixels"):
-        page(["too many words " * 400], font)
+    with pytest.raises(ValueError, match="do not fit on a page of 200 pixels"):
+        page(["too many words " * 20], font, 200)
 
 
 def test_a_font_is_found_or_the_way_to_it_told(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

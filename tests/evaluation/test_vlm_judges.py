@@ -137,10 +137,11 @@ def test_the_record_tells_small_models_and_other_penalties_from_the_official(fol
     assert record.settings == {"dtype": "float32", "decoding": "greedy"} and len(record.revision) == 16
     assert f"text_config.hidden_size is 32, not 3584 as that of {OFFICIAL}." in record.differs
     assert f"The penalty of repetition is {PENALTY}, not 1.05." in record.differs and record.model == "Qwen2.5-VL"
-    official: dict[str, Any] = {"model_type": "qwen2_5_vl", "text_config": {}, "vision_config": {}}
-    for (part, key), value in OFFICIAL_SIZES.items():
-        official[part][key] = value
-    (tmp_path / "config.json").write_text(json.dumps(official))
+    sizes = {
+        part: {k: v for (p, k), v in OFFICIAL_SIZES.items() if p == part} for part in ("text_config", "vision_config")
+    }
+    published = {"model_type": "qwen2_5_vl", **sizes["text_config"], "vision_config": sizes["vision_config"]}
+    (tmp_path / "config.json").write_text(json.dumps(published))  # the published file has the text's part outside
     (tmp_path / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.05}))
     record = QwenVLJudge(str(tmp_path), device="cpu").record()
     assert (record.differs, record.model) == ("", OFFICIAL)

@@ -22,7 +22,8 @@ from transformers import (
 
 from evaluation.judges.contract import Asked, JudgeRecord
 from evaluation.judges.mplug import MPlug
-from evaluation.judges.vqa import OFFICIAL, BlipVQAJudge, MPlugJudge, VLMAsVQA, as_input, first_word
+from evaluation.judges.vqa import OFFICIAL, BlipVQAJudge, MPLUGJudge, VLMAsVQA, as_input, first_word
+from evaluation.judging import build_judges
 from zimage_lit.errors import UserError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "it", "red", "?", "yes", "no", "[DEC]"]
@@ -34,7 +35,7 @@ def picture(seed: int, width: int = 60, height: int = 40) -> Image.Image:
 
 def test_mplug_is_asked_in_small_letters_about_a_square_picture(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, end_bias=8)
-    judge = MPlugJudge(str(folder), device="cpu")
+    judge = MPLUGJudge(str(folder), device="cpu")
     asked = [Asked((picture(0),), {"question": "Is it RED?"}), Asked((picture(1),), {"question": "w5 " * 40})]
     answers = judge.judge(asked)
     words = (folder / "vocab.txt").read_text().split("\n")
@@ -59,17 +60,17 @@ def test_pictures_become_what_clip_sees() -> None:
 
 def test_mplug_is_official_by_its_sizes(tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
-    record = MPlugJudge(str(folder)).record()
+    record = MPLUGJudge(str(folder)).record()
     assert "hidden_size is 32, not 768 as in mPLUG-large." in record.differs and record.model == "mPLUG"
     large = {**BERT, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
     large |= {"text_encoder_layers": 6, "fusion_layers": 6, "text_decode_layers": 12, "vocab_size": 30522}
     (folder / "config_bert.json").write_text(json.dumps(large))
     (folder / "config.yaml").write_text(yaml.safe_dump({**SETTINGS, "vision_width": 1024, "clip_vision_layers": 24}))
-    record = MPlugJudge(str(folder)).record()
+    record = MPLUGJudge(str(folder)).record()
     assert (record.differs, record.model) == ("", OFFICIAL)
     (folder / "vocab.txt").unlink()
     with pytest.raises(UserError, match=r"holds no vocab.txt: download damo/mplug"):
-        MPlugJudge(str(folder)).record()
+        MPLUGJudge(str(folder)).record()
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +146,14 @@ def test_a_language_model_answers_by_its_first_word() -> None:
     assert record.differs == "A vision-language model answers in place of mPLUG-large."
     assert record.settings["vlm"] == "Played" and record.settings["a"] == 1
     assert first_word("_yes_") == "yes"
+
+
+def test_judges_of_judges_can_be_named_in_settings() -> None:
+    endpoint = {"class_path": "evaluation.judges.vlm.EndpointJudge", "init_args": {"url": "http://x/v1", "model": "m"}}
+    reader = {"class_path": "evaluation.judges.ocr.RapidOCRReader", "init_args": {"options": {"Rec.lang_type": "en"}}}
+    components = {
+        "vqa": {"class_path": "evaluation.judges.vqa.VLMAsVQA", "init_args": {"vlm": endpoint}},
+        "vlm": {"class_path": "evaluation.judges.ocr.OCRAsVLM", "init_args": {"reader": reader}},
+    }
+    judges: Any = build_judges(components, ["vqa", "vlm"])
+    assert judges["vqa"].vlm.model == "m" and judges["vlm"].reader.options == {"Rec.lang_type": "en"}
