@@ -23,7 +23,7 @@ DEFAULT_JUDGES = {
     "ocr": "evaluation.judges.ocr.RapidOCRReader",
     "vlm": "evaluation.judges.vlm.QwenVLJudge",
     "clip": "evaluation.judges.clip.CLIPJudge",
-    "vqa": "evaluation.judges.vqa.MPlugJudge",
+    "vqa": "evaluation.judges.vqa.MPLUGJudge",
     "llm2clip": "evaluation.judges.llm2clip.LLM2CLIPJudge",
     "style": "evaluation.judges.style.StyleJudge",
     "distance": "evaluation.judges.dreamsim.DreamSimJudge",

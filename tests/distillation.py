@@ -232,13 +232,19 @@ def fit(
     devices: int = 1,
     callbacks: Sequence[lightning.Callback] = (),
     length: int = 12,
+    save_every: int | None = None,
     **settings: Any,
 ) -> Seen:
-    """Train for `steps` iterations; the learning rates always end at iteration `length`."""
+    """Train for `steps` iterations; the learning rates always end at iteration `length`.
+
+    save_every: keep a checkpoint of every so many steps, and leave the last one.
+    """
+    saving = [RunCheckpoint(save_every, keep_every_n_steps=save_every)] if save_every else []
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", devices=devices, strategy=strategy, logger=False, max_epochs=-1,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
-        callbacks=[Watch(), EMA(decay=0.9), *callbacks, RunCheckpoint(every_n_steps=100)], **settings,
+        enable_checkpointing=bool(saving),
+        callbacks=[Watch(), EMA(decay=0.9), *callbacks, *saving], **settings,
     )  # fmt: skip
     module.iterations = lambda: length  # type: ignore[method-assign]
     trainer.fit(module, datamodule=Data(), ckpt_path=resume, weights_only=True)

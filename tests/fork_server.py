@@ -1,5 +1,6 @@
 """Runs `zimage run …` in forked children of one process that has imported everything, so that a run starts in a second.
 
+Its argument is the JSON list of words of a short run, which it makes itself: what that has imported, no child has to.
 Reads JSON lists of words from standard input, one a line; answers each with the child's process id, then with its exit
 code (negative: the signal that killed it).
 """
@@ -8,15 +9,12 @@ import json
 import os
 import sys
 
-import lightning  # noqa: F401
-import torch  # noqa: F401
-from recorder import LossRecorder  # noqa: F401
-
-import data_modules.tinyworld.datamodule  # noqa: F401
-from zimage_lit import cli, pipeline, stages, tracking, validate  # noqa: F401
+from zimage_lit import cli
 
 
 def main() -> None:
+    if cli.main(["run", *json.loads(sys.argv[1])]):
+        sys.exit("the first run has failed")
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

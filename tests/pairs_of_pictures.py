@@ -114,13 +114,19 @@ def fit(
     data: Data | None = None,
     callbacks: Sequence[lightning.Callback] = (),
     length: int = 12,
+    save_every: int | None = None,
     **settings: Any,
 ) -> Seen:
-    """Train for `steps` steps; the learning rate always ends at step `length`."""
+    """Train for `steps` steps; the learning rate always ends at step `length`.
+
+    save_every: keep a checkpoint of every so many steps, and leave the last one.
+    """
+    saving = [RunCheckpoint(save_every, keep_every_n_steps=save_every)] if save_every else []
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, max_epochs=-1, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
-        callbacks=[Watch(), EMA(decay=0.9), *callbacks, RunCheckpoint(every_n_steps=100)],
+        enable_checkpointing=bool(saving),
+        callbacks=[Watch(), EMA(decay=0.9), *callbacks, *saving],
         **{"devices": 1, "limit_val_batches": 0, **settings},
     )  # fmt: skip
     module.total_steps = lambda: length  # type: ignore[method-assign]

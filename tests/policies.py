@@ -126,16 +126,21 @@ def fit(
     callbacks: Sequence[lightning.Callback] | None = None,
     length: int = 8,
     data: lightning.LightningDataModule | None = None,
-    save_every: int = 100,
+    save_every: int | None = None,
     **settings: Any,
 ) -> Seen:
-    """Train for `steps` iterations; the learning rate always ends at iteration `length`."""
+    """Train for `steps` iterations; the learning rate always ends at iteration `length`.
+
+    save_every: keep a checkpoint of every so many steps, and leave the last one.
+    """
     callbacks = [Bright()] if callbacks is None else callbacks
     arguments: dict[str, Any] = {"devices": 1, "log_every_n_steps": 1, **settings}
+    saving = [RunCheckpoint(save_every, keep_every_n_steps=save_every)] if save_every else []
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, max_epochs=-1, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
-        callbacks=[Watch(), EMA(decay=0.9), *callbacks, RunCheckpoint(save_every)], **arguments,
+        enable_checkpointing=bool(saving),
+        callbacks=[Watch(), EMA(decay=0.9), *callbacks, *saving], **arguments,
     )  # fmt: skip
     module.total_steps = lambda: length  # type: ignore[method-assign]
     trainer.fit(module, datamodule=data or Data(), ckpt_path=resume, weights_only=True)

@@ -20,7 +20,8 @@ SMALL = [
     "trainer.accelerator=cpu",
     "trainer.logger=false",
     "trainer.enable_progress_bar=false",
-    "trainer.callbacks.samples.init_args.sampling.num_inference_steps=1",
+    "trainer.callbacks.samples=null",
+    "trainer.callbacks.export=null",
     "trainer.callbacks.score.init_args.prompts_per_task=1",
     "trainer.callbacks.report=null",
     "data.init_args.num_samples=80",
@@ -45,6 +46,7 @@ def test_arms_are_run_once_with_equal_compute_and_end_in_tables(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["curriculum.py", *SMALL])
+    monkeypatch.setattr(benchmark, "BATCHES_COUNTED", 4)
     monkeypatch.setattr(cli, "TASKS", {name: task for name, task in cli.TASKS.items() if name != "merge"})
     arms = [arm for arm in benchmark.ARMS if not arm.name.startswith("sft-")]  # without the variants to be merged
     monkeypatch.setattr(benchmark, "ARMS", arms)

@@ -36,8 +36,10 @@ def benchmark() -> ModuleType:
 
 @pytest.fixture
 def small(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Two pictures of each prompt, a classifier that has learnt nothing, a teacher that has hardly learnt more."""
+    """Few pictures of few prompts, a classifier that has learnt nothing, a teacher that has hardly learnt more."""
     monkeypatch.chdir(tmp_path)
+    few = benchmark.judging.statements()[::4]
+    monkeypatch.setattr(benchmark.judging, "statements", lambda: few)
     monkeypatch.setattr(benchmark.judging, "PICTURES", 2)
     monkeypatch.setattr(benchmark, "TEACHER_STEPS", (4, 100))
     monkeypatch.setattr(benchmark, "STUDENT_STEPS", (4, 8))
@@ -129,7 +131,12 @@ def after_one_iteration(
     """Role -> its weights in one row."""
     number = len(list((folder / f"arms/seed-{SEED}").glob("*"))) if settings else control
     arm = small.Arm(str(number), "main", 4, tuple(settings), control)
-    settings = [*SMALL_STUDENT, "trainer.max_steps=1"]
+    settings = [
+        *SMALL_STUDENT,
+        "trainer.max_steps=1",
+        "trainer.callbacks.samples=null",
+        "trainer.callbacks.export=null",
+    ]
     bench = small.Bench(folder / "arms", folder / "outputs/quickstart/pipeline", SEED, settings, None)
     small.judging.lightning_run(bench.words(arm))
     state = torch.load(bench.output(arm) / "checkpoints/last.ckpt", weights_only=True)["state_dict"]

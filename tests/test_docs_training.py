@@ -43,14 +43,15 @@ SMALL: dict[str, list[str]] = {"plan": [], "lora": TRAIN, "finetune": TRAIN, "ex
 
 
 class TrainingWalk(Walk):
-    """With a tiny model where the page has a real one."""
+    """With a tiny model where the page has a real one, and one prompt of each task where mixes are scored."""
 
     def run(self, command: str) -> None:
         words = run_words(command)
         sized = words[:1] == ["plan"]  # what `plan` shows are the published parts' sizes
         if words and words[0] in SMALL and not sized and not Path("models").exists():
             write_pipeline(Path.cwd() / "models/z-image")
-        super().run(command)
+        scored = " score_arguments.prompts_per_task=1" if "score=tinyworld" in words else ""
+        super().run(command.rstrip("\n") + scored)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ FILES = sorted(PACKAGE_EXPERIMENTS.rglob("*.yaml"))
 EXPERIMENTS = [
     path.relative_to(PACKAGE_EXPERIMENTS).with_suffix("").as_posix() for path in FILES if path.parent.name != "defaults"
 ]
+DESCRIPTIONS = list_experiments()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE_EXPERIMENTS).as_posix())
@@ -24,7 +25,7 @@ def test_every_setting_has_a_comment(path: Path) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_describes_itself_in_one_line(name: str) -> None:
-    description = list_experiments()[name]
+    description = DESCRIPTIONS[name]
     assert description and "\n" not in description
 
 

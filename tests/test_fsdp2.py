@@ -141,15 +141,18 @@ def fit(
     devices: int = 1,
     stage_settings: dict[str, Any] | None = None,
     callbacks: Sequence[lightning.Callback] = (),
+    saves: tuple[int, int | None] | None = (100, None),
     **settings: Any,
 ) -> Seen:
-    """Train, with checkpoints every four steps; the schedule of the learning rate always ends at step 20."""
+    """Train; the learning rate always ends at step 20. saves: steps between checkpoints, and between those kept."""
     watch, module = Watch(), stage(**(stage_settings or {}))
+    saving = [RunCheckpoint(*saves)] if saves else []
     module.total_steps = lambda: 20  # type: ignore[method-assign]
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", devices=devices, strategy=strategy, logger=False, max_epochs=-1,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
-        callbacks=[watch, EMA(decay=0.9), *callbacks, RunCheckpoint(every_n_steps=4)], **settings,
+        enable_checkpointing=bool(saving),
+        callbacks=[watch, EMA(decay=0.9), *callbacks, *saving], **settings,
     )  # fmt: skip
     trainer.fit(module, datamodule=Data(), ckpt_path=resume, weights_only=True)
     return watch.all
@@ -190,8 +193,8 @@ def whole(folder: Path) -> Seen:
 
 @pytest.fixture(scope="module")
 def sharded(pair: Ranks, folder: Path) -> list[Seen]:
-    """Two ranks, the same twenty steps."""
-    return train(pair, folder / "sharded", 20)
+    """Two ranks, the same twenty steps; what was saved at the twelfth is kept."""
+    return train(pair, folder / "sharded", 20, saves=(12, 12))
 
 
 # ---------------------------------------------------------------------------------------------------- as one process
@@ -220,7 +223,7 @@ def test_a_run_begins_with_the_weights_of_a_single_process(sharded: list[Seen], 
 
 
 def test_clipping_and_accumulation_agree(pair: Ranks, folder: Path) -> None:
-    settings: dict[str, Any] = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}
+    settings: dict[str, Any] = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2, "saves": None}
     watches = train(pair, folder / "clipped", 6, **settings)
     twin = fit(folder / "clipped-whole", 6, **settings)
     assert_alike(watches, twin)
@@ -243,7 +246,7 @@ def test_checkpointing_and_compiling_change_no_loss(
     pair: Ranks, folder: Path, sharded: list[Seen], mode: str, compiled: bool
 ) -> None:
     settings = ParallelizeSettings(mode, compile=compiled, compile_backend="eager")  # type: ignore[arg-type]
-    watches = train(pair, folder / f"{mode}-{compiled}", 3, stage_settings={"parallelize": settings})
+    watches = train(pair, folder / f"{mode}-{compiled}", 3, saves=None, stage_settings={"parallelize": settings})
     assert [watch.losses for watch in watches] == [watch.losses[:3] for watch in sharded]
 
 
@@ -260,7 +263,7 @@ def losses_and_times_seen(folder: Path) -> tuple[Seen, list[torch.dtype], list[t
 
     Stage.configure_model = watched  # type: ignore[method-assign]
     try:
-        watch = fit(folder, 6, strategy=FSDP2Strategy(), devices=2, precision="bf16-mixed")
+        watch = fit(folder, 6, strategy=FSDP2Strategy(), devices=2, saves=None, precision="bf16-mixed")
     finally:
         Stage.configure_model = configure  # type: ignore[method-assign]
     return watch, times, tokens
@@ -287,8 +290,8 @@ def test_a_lora_trains_and_resumes_on_shards_as_in_one_process(pair: Ranks, fold
     settings: dict[str, Any] = {"stage_settings": {"lora": LORAS[kind]}}
     if kind == "half":
         settings["precision"] = "bf16-mixed"
-    twin = fit(folder / f"{kind}-whole", 8, **settings)
-    watches = train(pair, folder / kind, 8, **settings)
+    twin = fit(folder / f"{kind}-whole", 6, **settings)
+    watches = train(pair, folder / kind, 6, saves=(4, 4), **settings)
     if kind == "half":
         assert means(watches) == pytest.approx(twin.losses, rel=0.03)
     else:
@@ -300,8 +303,8 @@ def test_a_lora_trains_and_resumes_on_shards_as_in_one_process(pair: Ranks, fold
     changed = {name for name in first if name.startswith("weights.") and not torch.equal(first[name], last[name])}
     assert changed == {f"weights.{name}" for name in kept}
 
-    train(pair, folder / f"{kind}-first", 4, **settings)
-    resumed = train(pair, folder / f"{kind}-second", 8, resume=last_checkpoint(folder / f"{kind}-first"), **settings)
+    torn = last_checkpoint(folder / kind).with_name("step-00000004.ckpt")
+    resumed = train(pair, folder / f"{kind}-torn", 6, resume=torn, saves=None, **settings)
     assert [watch.losses for watch in resumed] == [watch.losses[4:] for watch in watches]
     assert same(resumed[0].states[-1], last)
 
@@ -373,28 +376,28 @@ def test_trap_8_the_average_lives_on_shards_and_equals_the_recursion(sharded: li
 
 
 def test_a_run_goes_on_exactly_on_as_many_ranks(pair: Ranks, folder: Path, sharded: list[Seen]) -> None:
-    train(pair, folder / "torn", 8)
-    resumed = train(pair, folder / "torn", 20, resume=last_checkpoint(folder / "torn"))
-    assert [watch.losses for watch in resumed] == [watch.losses[8:] for watch in sharded]
+    torn = last_checkpoint(folder / "sharded").with_name("step-00000012.ckpt")
+    resumed = train(pair, folder / "torn", 20, resume=torn)
+    assert [watch.losses for watch in resumed] == [watch.losses[12:] for watch in sharded]
     assert same(resumed[0].states[-1], sharded[0].states[-1])
 
 
 def test_a_run_goes_on_from_two_ranks_to_one_and_back(pair: Ranks, single: Ranks, folder: Path, whole: Seen) -> None:
     last = last_checkpoint(folder / "elastic")
-    first = train(pair, folder / "elastic", 8)
-    second = train(single, folder / "elastic", 12, resume=last)
-    third = train(pair, folder / "elastic", 20, resume=last)
+    first = train(pair, folder / "elastic", 6)
+    second = train(single, folder / "elastic", 10, resume=last)
+    third = train(pair, folder / "elastic", 16, resume=last)
     assert same(first[0].states[-1], second[0].states[0]) and same(second[0].states[-1], third[0].states[0])
-    assert means(second) + means(third) == pytest.approx(whole.losses[8:], abs=1e-5)
+    assert means(second) + means(third) == pytest.approx(whole.losses[6:16], abs=1e-5)
 
 
 def test_a_file_of_a_single_process_goes_on_sharded(pair: Ranks, folder: Path, whole: Seen) -> None:
     before = fit(folder / "file", 8)
     last = last_checkpoint(folder / "file")
     assert last.is_file()
-    after = train(pair, folder / "file", 20, resume=last)
+    after = train(pair, folder / "file", 14, resume=last)
     assert same(before.states[-1], after[0].states[0])
-    assert means(after) == pytest.approx(whole.losses[8:], abs=1e-5)
+    assert means(after) == pytest.approx(whole.losses[8:14], abs=1e-5)
     assert last.is_symlink() and sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "last.ckpt.1"]
 
 
@@ -409,7 +412,7 @@ class Fill(lightning.Callback):
 def fit_on_a_full_disk(folder: Path) -> str:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        fit_sharded(folder, 12, callbacks=[Fill()])
+        fit_sharded(folder, 12, callbacks=[Fill()], saves=(4, None))
     except UserError as error:
         return str(error)
     finally:
@@ -428,9 +431,9 @@ def test_a_full_disk_of_one_rank_ends_all_and_leaves_the_last_good_checkpoint(pa
 
 
 def start_from(source: Path, folder: Path) -> dict[str, Tensor]:
-    module = stage(init_from=str(source))
-    watch = fit(folder, 1, strategy=FSDP2Strategy(), devices=2, stage_settings={"init_from": str(source)})
-    assert module.backbone is None
+    settings = {"init_from": str(source)}
+    watch = fit(folder, 1, strategy=FSDP2Strategy(), devices=2, saves=None, stage_settings=settings)
+    assert stage(**settings).backbone is None
     return {name.removeprefix("weights."): w for name, w in watch.states[0].items() if name.startswith("weights.")}
 
 

@@ -38,7 +38,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit_sharded(start: Path, folder: Path, steps: int, resume: Path | None, settings: Any) -> tuple[Seen, list[float]]:
     module, guard = Stage(**settings_of(start, **settings)), PreferenceGuard()
-    seen = fit(module, folder, steps, resume, callbacks=[guard], strategy=FSDP2Strategy(), devices=2)
+    seen = fit(module, folder, steps, resume, callbacks=[guard], save_every=4, strategy=FSDP2Strategy(), devices=2)
     networks = (module.backbone, module.snapshots["reference"].network)
     assert all(isinstance(parameter, DTensor) for network in networks for parameter in network.parameters())
     return seen, list(guard.errors)
@@ -66,8 +66,8 @@ def test_two_ranks_learn_as_one_process_does_and_go_on_exactly(pair, start, tmp_
     assert same(first.states[-1], second.states[-1])
     check_together(first.states[-1], alone.states[-1])
 
-    pair(fit_sharded, start, tmp_path / "torn", 4, None, settings)
-    resumed = pair(fit_sharded, start, tmp_path / "torn", 6, last_checkpoint(tmp_path / "torn"), settings)
+    torn = last_checkpoint(tmp_path / "both").with_name("step-00000004.ckpt")
+    resumed = pair(fit_sharded, start, tmp_path / "torn", 6, torn, settings)
     assert [seen.losses for seen, _ in resumed] == [seen.losses[4:] for seen, _ in both]
     assert same(resumed[0][0].states[-1], first.states[-1])
 

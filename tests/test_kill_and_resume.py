@@ -38,6 +38,7 @@ KINDS = {
 class ForkServer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        first_run = [*words("first", folder / "first.txt", 0, "lora"), "trainer.max_steps=1"]
         tests = Path(__file__).parent
         environment = {
             **os.environ,
@@ -45,7 +46,7 @@ class ForkServer:
             "OMP_NUM_THREADS": "1",
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(tests / "fork_server.py")],
+            [sys.executable, "-W", "ignore", str(tests / "fork_server.py"), json.dumps(first_run)],
             cwd=folder,
             env=environment,
             stdin=subprocess.PIPE,
@@ -91,6 +92,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     server = ForkServer(tmp_path_factory.mktemp("killed"))
     yield server
     server.process.kill()
+    server.process.wait()
 
 
 def words(name: str, losses: Path, num_workers: int, kind: str) -> list[str]:

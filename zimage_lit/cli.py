@@ -24,6 +24,7 @@ from zimage_lit.config import (
     comment_at,
     compose,
     did_you_mean,
+    experiment_files,
     find_experiment,
     flatten,
     is_file_name,
@@ -181,7 +182,7 @@ def graph_options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 def experiment(name: str) -> str:
     """The name itself, if there is such an experiment."""
-    known = {**list_experiments(), **TASKS}
+    known = [*experiment_files(), *TASKS]
     if not is_file_name(name) and name not in known:
         raise UserError(f"there is no experiment or task '{name}'{did_you_mean(name, known)}; --list shows them all")
     find_experiment(name)

@@ -91,15 +91,20 @@ def experiment_folders() -> list[Path]:
     return [folder for folder in dict.fromkeys(folder.resolve() for folder in folders) if folder.is_dir()]
 
 
-def list_experiments() -> dict[str, str]:
-    """Name -> one-line description of every experiment that can be run; fragments under defaults/ are left out."""
-    found: dict[str, str] = {}
+def experiment_files() -> dict[str, Path]:
+    """Name -> file of every experiment that can be run; fragments under defaults/ are left out."""
+    found: dict[str, Path] = {}
     for folder in experiment_folders():
-        for path in sorted(folder.rglob("*.yaml")):
+        for path in folder.rglob("*.yaml"):
             name = path.relative_to(folder).with_suffix("").as_posix()
-            if not name.startswith("defaults/") and name not in found:
-                found[name] = str(read_yaml(path).get("description") or "")
+            if not name.startswith("defaults/"):
+                found.setdefault(name, path)
     return dict(sorted(found.items()))
+
+
+def list_experiments() -> dict[str, str]:
+    """Name -> one-line description of every experiment that can be run."""
+    return {name: str(read_yaml(path).get("description") or "") for name, path in experiment_files().items()}
 
 
 def find_experiment(name: str, beside: Path | None = None) -> Path:
@@ -113,7 +118,7 @@ def find_experiment(name: str, beside: Path | None = None) -> Path:
         path = folder / f"{name}.yaml"
         if path.is_file():
             return path
-    raise UserError(f"there is no experiment '{name}'{did_you_mean(name, list_experiments())}; --list shows them all")
+    raise UserError(f"there is no experiment '{name}'{did_you_mean(name, experiment_files())}; --list shows them all")
 
 
 def load_layers(name: str) -> list[Layer]:

@@ -7,6 +7,7 @@ is checked alone, so that the first wrong one is named in one sentence with its 
 import collections.abc
 import copy
 import dataclasses
+import functools
 import importlib
 import inspect
 import types
@@ -166,6 +167,7 @@ def import_class(key: str, path: Any) -> Any:
     return component
 
 
+@functools.cache
 def parameters_of(component: Any) -> dict[str, Parameter]:
     """The arguments that a config may give: those of the constructor and, through **kwargs, of the ones above it."""
     signatures = constructors(component)

@@ -67,7 +67,7 @@ def test_a_turn_has_gradients_of_its_role_alone_and_changes_nobody_else(teacher,
 @pytest.mark.parametrize("layout", WAYS)
 def test_a_checkpoint_holds_what_is_learnt_and_no_teacher(teacher, tmp_path, layout):
     module = stage(teacher, layout)
-    fit(module, tmp_path, 3)
+    fit(module, tmp_path, 3, save_every=100)
     state = read_checkpoint(last_checkpoint(tmp_path))["state_dict"]
     whole = len(build_backbone(backbone_config(dict(SIZES)), None, 0).state_dict())
     adapters = 2 * 2 * 7  # down and up, two blocks, seven matrices each
@@ -87,7 +87,7 @@ def test_a_checkpoint_holds_what_is_learnt_and_no_teacher(teacher, tmp_path, lay
 @pytest.mark.parametrize("layout", WAYS)
 def test_a_run_killed_between_two_steps_of_the_student_goes_on_bit_for_bit(teacher, tmp_path, layout):
     straight = fit(stage(teacher, layout), tmp_path / "straight", 8)
-    first = fit(stage(teacher, layout), tmp_path / "torn", 4)
+    first = fit(stage(teacher, layout), tmp_path / "torn", 4, save_every=100)
     assert first.states[-1]["steps"] == {"student": 1, "fake_score": 4}  # in mid-cycle
     second = fit(stage(teacher, layout), tmp_path / "torn", 8, resume=last_checkpoint(tmp_path / "torn"))
     assert same(first.states[-1], second.states[0])
@@ -122,10 +122,10 @@ def test_recomputed_blocks_see_the_adapters_of_the_turn(teacher, tmp_path):
 # ---------------------------------------------------------------------------------------------------- what is learnt
 
 
-def ready(teacher: Path, layout: str, folder: Path, **settings) -> Stage:
+def ready(teacher: Path, layout: str, folder: Path, save_every: int | None = None, **settings) -> Stage:
     """A stage whose roles differ from each other, after three iterations."""
     module = stage(teacher, layout, **settings)
-    fit(module, folder, 3)
+    fit(module, folder, 3, save_every=save_every)
     module.ids = list(range(SAMPLES))
     return module
 
@@ -404,7 +404,7 @@ def test_rewards_wait_for_their_start(teacher, tmp_path):
 
 def test_a_run_that_goes_on_records_every_picture_once(teacher, tmp_path):
     def run(steps: int, resume: Path | None = None) -> None:
-        fit(rewarded(teacher, "backprop"), tmp_path, steps, resume=resume, callbacks=[Red()])
+        fit(rewarded(teacher, "backprop"), tmp_path, steps, resume=resume, callbacks=[Red()], save_every=100)
 
     run(2)
     shutil.copy(last_checkpoint(tmp_path), tmp_path / "two.ckpt")
@@ -504,7 +504,7 @@ def test_whole_networks_on_several_devices_are_refused(teacher):
 
 
 def test_a_run_goes_on_with_its_own_layout_and_teacher_alone(teacher, tmp_path):
-    fit(stage(teacher, "fake_lora"), tmp_path / "run", 2)
+    fit(stage(teacher, "fake_lora"), tmp_path / "run", 2, save_every=100)
     last = last_checkpoint(tmp_path / "run")
     with pytest.raises(UserError, match=r"was trained with .*layout=fake_lora"):
         fit(stage(teacher, "copies"), tmp_path / "other", 4, resume=last)
@@ -521,7 +521,7 @@ def test_a_run_goes_on_with_its_own_layout_and_teacher_alone(teacher, tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_second_phase_begins_with_the_student_and_fake_score_of_the_first(teacher, tmp_path, layout):
-    first = fit(stage(teacher, layout), tmp_path / "first", 6)
+    first = fit(stage(teacher, layout), tmp_path / "first", 6, save_every=100)
     source = str(last_checkpoint(tmp_path / "first"))
     second = fit(stage(teacher, layout, student_init_from=source), tmp_path / "second", 1)
     start, end = second.states[0], first.states[-1]
@@ -535,7 +535,7 @@ def test_a_second_phase_begins_with_the_student_and_fake_score_of_the_first(teac
 
 def test_a_lora_on_a_distilled_student_has_that_as_its_base_and_another_teacher(teacher, tmp_path):
     distilled = write_teacher(tmp_path / "distilled/transformer", seed=9)
-    module = ready(teacher, "student_lora", tmp_path / "run", student_init_from=str(distilled))
+    module = ready(teacher, "student_lora", tmp_path / "run", save_every=100, student_init_from=str(distilled))
     for network, source in ((module.backbone, distilled), (module.fake_score, teacher)):
         stored = build_backbone(module.config, str(source), 0).state_dict()
         assert same(base_weights(network), dict(stored))

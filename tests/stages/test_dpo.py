@@ -184,7 +184,7 @@ def test_accumulated_batches_of_a_step_have_one_reference(start, tmp_path):
 def test_a_run_that_was_killed_goes_on_bit_for_bit(start, tmp_path, settings, steps):
     settings = settings | {"curriculum": CurriculumSettings(steps=6)}
     straight = fit(stage(start, **settings), tmp_path / "straight", 7)
-    first = fit(stage(start, **settings), tmp_path / "torn", steps)
+    first = fit(stage(start, **settings), tmp_path / "torn", steps, save_every=100)
     second = fit(stage(start, **settings), tmp_path / "torn", 7, resume=last_checkpoint(tmp_path / "torn"))
     assert same(first.states[-1], second.states[0])
     assert first.losses + second.losses == straight.losses
@@ -195,7 +195,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(start, tmp_path, settings, st
 @pytest.mark.parametrize("settings", WAYS)
 def test_a_checkpoint_holds_what_moves_and_nothing_frozen(start, tmp_path, settings):
     module = stage(start, **settings)
-    fit(module, tmp_path, 1)
+    fit(module, tmp_path, 1, save_every=100)
     state = read_checkpoint(last_checkpoint(tmp_path))["state_dict"]
     one = 2 * 2 * 7 if "lora" in settings else len(module.backbone.state_dict())  # adapters: down, up, blocks, matrices
     own, moved = (sum(name.startswith(prefix) for name in state) for prefix in ("backbone.", "reference."))

@@ -482,7 +482,7 @@ def test_the_trainer_counts_iterations_whatever_updates_they_have(start, tmp_pat
 )
 def test_a_run_goes_on_bit_for_bit(start, tmp_path, method, settings):
     straight = fit(stage(start, method, **settings), tmp_path / "straight", 5)
-    first = fit(stage(start, method, **settings), tmp_path / "torn", 3)
+    first = fit(stage(start, method, **settings), tmp_path / "torn", 3, save_every=100)
     second = fit(stage(start, method, **settings), tmp_path / "torn", 5, resume=last_checkpoint(tmp_path / "torn"))
     assert same(first.states[-1], second.states[0])
     assert first.figures + second.figures == straight.figures
@@ -634,14 +634,14 @@ def test_several_devices_need_fsdp2_and_batches_of_one_size(start):
 
 
 def test_a_checkpoint_of_the_other_method_is_refused(start, tmp_path):
-    fit(stage(start, "nft"), tmp_path / "nft", 1)
+    fit(stage(start, "nft"), tmp_path / "nft", 1, save_every=100)
     with pytest.raises(UserError, match="kept old policy, and this one keeps no earlier weights"):
         fit(stage(start), tmp_path / "grpo", 2, resume=last_checkpoint(tmp_path / "nft"))
 
 
 def test_another_type_of_the_reference_is_named(start, tmp_path):
     penalty = PenaltySettings(0.1)
-    fit(stage(start, kl=penalty), tmp_path, 1)
+    fit(stage(start, kl=penalty), tmp_path, 1, save_every=100)
     with pytest.raises(
         UserError, match=r"a reference in float32, and .* in bfloat16: set model\.init_args\.frozen_dtype"
     ):
