@@ -37,7 +37,8 @@ def shard_of(text: str | None, environment: Mapping[str, str] = os.environ) -> S
     UserError for a text of another form, or a number that is not among the shards.
     """
     if text is None:
-        shard = Shard(int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1)))
+        under_torchrun = {"RANK", "WORLD_SIZE"} <= environment.keys()
+        shard = Shard(int(environment["RANK"]), int(environment["WORLD_SIZE"])) if under_torchrun else Shard()
     elif match := re.fullmatch(r"(\d+)/(\d+)", text):
         shard = Shard(int(match[1]) - 1, int(match[2]))
     else:

@@ -97,10 +97,11 @@ def evaluate_task(settings: dict[str, Any]) -> None:
     Raises UserError for wrong settings, official files, judges and a model that cannot be used, and pictures that were
     drawn with other settings: all before anything is drawn.
     """
-    if settings.get("benchmark") in SIDE_TASKS:
-        from evaluation import side_tasks  # torch-fidelity, and statistics: not for benchmarks
+    side_task = SIDE_TASKS.get(str(settings.get("benchmark")))
+    if side_task:
+        from evaluation import side_tasks  # with torch-fidelity, which benchmarks do not need
 
-        getattr(side_tasks, SIDE_TASKS[settings["benchmark"]])(settings)
+        getattr(side_tasks, side_task)(settings)
         return
     asked = settings_from(EvaluateSettings, settings)
     check_settings(asked, settings)
@@ -127,6 +128,9 @@ def evaluate(asked: EvaluateSettings) -> list[Path]:
     """Draw, look, judge and score; the folders of the results that are finished."""
     shard = own_shard(asked)
     parts = parts_of(asked.benchmark, asked.language)
+    most = max(part.module.IMAGES_PER_PROMPT for part in parts)
+    if asked.images_per_prompt and asked.images_per_prompt > most:
+        raise UserError(f"images_per_prompt={asked.images_per_prompt} has no effect: the protocol has {most} at most.")
     if asked.compression and "oneig" not in [part.benchmark for part in parts]:
         raise UserError("compression has an effect on oneig alone, which is not among the benchmarks: leave it out.")
     used = dict.fromkeys(role for part in parts for role in part.module.ROLES_USED)
@@ -135,6 +139,8 @@ def evaluate(asked: EvaluateSettings) -> list[Path]:
     judges = build_judges(asked.judges, list(used), [role for role in used if role not in needed])
     records = {role: judge.record() for role, judge in judges.items()}
     works = [benchmark_pass(asked, part, prompts[part], list(judges), len(parts) > 1) for part in parts]
+    for work in works:
+        check_output(asked, work)
     with ExitStack() as locks:
         for work in works:
             locks.enter_context(locked(work.folder / f".lock{shard.suffix}", wait=False))
@@ -178,6 +184,18 @@ def benchmark_pass(
         seed=asked.seed,
         drawn_together=asked.batch_size,
     )
+
+
+def check_output(asked: EvaluateSettings, work: BenchmarkPass) -> None:
+    """UserError where the result there is of other pictures, which it would replace; drawn ones have their manifest."""
+    path = work.folder / RESULT
+    of_pictures = read_json(path)["pictures"].get("images") if path.is_file() else None
+    now = str(work.pictures.folder) if asked.images else None
+    if path.is_file() and of_pictures != now:
+        raise UserError(
+            f"{path} is the result of {of_pictures or 'a model that drew'}, not of {now or asked.model}: name another "
+            "output=…, or delete its folder."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- drawing

@@ -9,6 +9,8 @@ import fake_judges
 import numpy as np
 import pytest
 from benchmark_files import official
+from jsonargparse import ArgumentParser
+from lightning import Callback
 from PIL import Image
 
 from data_modules.tinyworld.combinations import TASKS
@@ -19,7 +21,9 @@ from evaluation.judges.contract import Asked
 from zimage_lit.callbacks import benchmark_score
 from zimage_lit.callbacks.benchmark_score import BenchmarkScore
 from zimage_lit.callbacks.sampling import SamplingSettings
+from zimage_lit.config import compose
 from zimage_lit.errors import UserError
+from zimage_lit.validate import check_config
 
 JUDGE = "fake_judges.FakeJudge"
 
@@ -134,3 +138,28 @@ def test_other_processes_draw_nothing_and_log_nothing(tmp_path: Path, monkeypatc
 def test_wrong_settings_show_before_training(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         BenchmarkScore(**arguments)
+
+
+def test_an_experiment_names_it_with_its_judges(tmp_path: Path) -> None:
+    """As a person writes it: composed, checked and built as the command does, short of training."""
+    (tmp_path / "scored.yaml").write_text(
+        """
+        defaults: [quickstart]
+        trainer:
+          callbacks:
+            benchmark:
+              class_path: zimage_lit.callbacks.benchmark_score.BenchmarkScore
+              init_args:
+                benchmark: tinyworld
+                prompts: 2
+                judges: {verifier: {class_path: evaluation.judges.tinyworld.TinyWorldVerifier}}
+        """
+    )
+    config = compose(str(tmp_path / "scored.yaml"))
+    check_config(config)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Callback, "callback")
+    component = config["trainer"]["callbacks"]["benchmark"]
+    built = parser.instantiate(parser.parse_object({"callback": component})).callback
+    assert isinstance(built, BenchmarkScore) and len(built.prompts) == 14
+    assert type(built.judges["verifier"]).__name__ == "TinyWorldVerifier"

@@ -28,6 +28,7 @@ from evaluation.benchmarks import cvtg2k, geneval, longtext, oneig
 from evaluation.fidelity.image_quality import FidelitySettings
 from evaluation.judges.contract import ROLES
 from evaluation.pictures import PictureFolder, picture_hash
+from evaluation.shards import Shard, shard_of
 from evaluation.suite import Part
 from evaluation.task import evaluate_task
 from zimage_lit import cli
@@ -149,6 +150,20 @@ def test_a_larger_slice_judges_what_is_new(pictures: Path, data: Path, tmp_path:
     assert len(fake_judges.CALLS) == 96
     evaluate_task(settings_for(pictures, data, tmp_path / "alone"))
     assert result_files(tmp_path / "out") == result_files(tmp_path / "alone")
+
+
+def test_a_result_of_other_pictures_is_not_replaced(pictures: Path, data: Path, tmp_path: Path) -> None:
+    evaluate_task(settings_for(pictures, data, tmp_path / "out", prompts=1))
+    shutil.copytree(pictures, tmp_path / "others")
+    with pytest.raises(UserError, match=r"is the result of .*pictures, not of .*others: name another output=…"):
+        evaluate_task(settings_for(tmp_path / "others", data, tmp_path / "out", prompts=1))
+
+
+def test_fewer_pictures_of_each_prompt_are_scored_as_such(pictures: Path, data: Path, tmp_path: Path) -> None:
+    evaluate_task(settings_for(pictures, data, tmp_path / "out", prompts=1, images_per_prompt=2))
+    result = json.loads(result_files(tmp_path / "out")[0])
+    assert result["scores"]["official"]["images"] == 12 and result["scores"]["official"]["lost"]["images"] == 0
+    assert "2 of 4 pictures of each prompt were evaluated." in result["comparable"]["reasons"]
 
 
 def test_what_does_not_compare_says_why(tmp_path: Path, data: Path) -> None:
@@ -274,6 +289,12 @@ def test_what_shards_left_is_done_by_one_process(pictures: Path, data: Path, tmp
     evaluate_task({**settings, "shard": "1/3"})
     evaluate_task(settings)
     assert result_files(tmp_path / "parts") == result_files(tmp_path / "whole")
+
+
+def test_torchruns_ranks_are_shards() -> None:
+    assert shard_of(None, {"RANK": "1", "WORLD_SIZE": "3"}) == shard_of("2/3", {}) == Shard(1, 3)
+    assert shard_of(None, {}) == Shard(0, 1) and shard_of("1/2", {"RANK": "1", "WORLD_SIZE": "3"}) == Shard(0, 2)
+    assert [Shard(number, 3).share(range(10), block=2) for number in range(3)] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5]]
 
 
 def test_two_processes_do_not_do_the_same(pictures: Path, data: Path, tmp_path: Path) -> None:
@@ -558,6 +579,7 @@ def test_a_picture_that_was_deleted_is_drawn_again(model: Path, tmp_path: Path) 
         ({"batch_size": 4}, "batch_size has no effect on images"),
         ({"compression": "lossless"}, "compression has an effect on oneig alone"),
         ({"prompts": 0}, "prompts must be at least 1"),
+        ({"images_per_prompt": 5}, "images_per_prompt=5 has no effect: the protocol has 4 at most"),
         ({"shard": "1"}, "shard must be such as 1/3"),
         ({"shard": "4/3"}, "there are the shards 1/3 to 3/3"),
         ({"nonsense": 1}, "nonsense is not a setting"),
@@ -597,13 +619,13 @@ def test_a_damaged_line_is_named(pictures: Path, data: Path, tmp_path: Path) -> 
 
 def test_the_command_line_evaluates(pictures: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = [f"images={pictures}", f"data={data}", f"output={tmp_path / 'out'}", "prompts=4", "benchmark=geneval"]
-    words += [f"judges.detector.class_path={JUDGE}", "judges.detector.init_args.role=detector"]
+    words += [f"judges.detector.class_path={JUDGE}", "judges.detector.init_args.role=detector", "experiment_name=null"]
     assert cli.main(["run", "evaluate", *words]) == 0
     shown = capsys.readouterr().out
     assert "GenEval: 0." in shown and "not comparable" in shown and str(tmp_path / "out/geneval/result.json") in shown
 
 
-# --------------------------------------------------------------------------------------- reports, and what else there is
+# ------------------------------------------------------------------------------------- reports, and what else there is
 
 
 def test_results_have_reports_and_are_a_run_in_mlflow(pictures: Path, data: Path, tmp_path: Path) -> None:
