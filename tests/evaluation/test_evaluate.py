@@ -625,7 +625,7 @@ def test_the_command_line_evaluates(pictures: Path, data: Path, tmp_path: Path, 
     assert "GenEval: 0." in shown and "not comparable" in shown and str(tmp_path / "out/geneval/result.json") in shown
 
 
-# ------------------------------------------------------------------------------------- reports, and what else there is
+# ------------------------------------------------------------------------------------ reports, and what else there is
 
 
 def test_results_have_reports_and_are_a_run_in_mlflow(pictures: Path, data: Path, tmp_path: Path) -> None:
