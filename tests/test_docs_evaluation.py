@@ -46,7 +46,7 @@ class Reader(Walk):
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     """The page followed from its first block to its last, with what it takes for given: a model, pictures, votes."""
     pytest.importorskip("rapidocr")
-    planned = cvtg2k.plan(cvtg2k.prompts(official("cvtg2k")))[:1]
+    planned = cvtg2k.plan(cvtg2k.prompts(official("cvtg2k")))[:3]
     planned += longtext.plan(longtext.prompts(official("longtext")))[:1]
     walk = Reader(SMALL)
     with pytest.MonkeyPatch.context() as patch:

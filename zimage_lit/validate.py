@@ -77,7 +77,7 @@ def check_value(key: str, value: Any, hint: Any) -> None:
         check_component(key, value, partial=is_callable_hint(hint))
     elif isinstance(value, dict) and (dataclass_type := dataclass_of(hint)):
         check_arguments(key, dataclass_type, value)
-    elif isinstance(value, dict) and "init_args" in value:
+    elif isinstance(value, dict) and "init_args" in value and dict not in members(hint):  # whose owner knows a class
         raise UserError(f"{key} names no class: give {key}.class_path")
     elif isinstance(value, list):
         for index, item in enumerate(value):
@@ -86,7 +86,7 @@ def check_value(key: str, value: Any, hint: Any) -> None:
     elif isinstance(value, dict):
         for name, item in value.items():
             if isinstance(item, dict):
-                check_value(f"{key}.{name}", item, Any)
+                check_value(f"{key}.{name}", item, value_hint(hint))
     check_type(key, value, hint)
 
 
@@ -225,6 +225,11 @@ def item_hint(hint: Any) -> Any:
     """What the items of a list are; Any where the hint does not say."""
     found = [typing.get_args(member) for member in members(hint) if typing.get_origin(member) in COLLECTIONS]
     return found[0][0] if len(found) == 1 and len(found[0]) == 1 else Any
+
+
+def value_hint(hint: Any) -> Any:
+    """Of the values of a mapping; Any where the hint does not say."""
+    return next((typing.get_args(one)[1] for one in members(hint) if typing.get_origin(one) is dict), Any)
 
 
 def dataclass_of(hint: Any) -> type | None:
