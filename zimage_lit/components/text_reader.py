@@ -34,7 +34,7 @@ class TextReader:
                 f"{who} reads with RapidOCR ({error}): install it with pip install 'zimage-lit[ocr]'."
             ) from None
         try:
-            self._engine = RapidOCR(params={**_ours(), **_checked(who, options, rapidocr)})
+            self._engine: Any = RapidOCR(params={**_ours(), **_checked(who, options, rapidocr)})
         except (ValueError, TypeError) as error:
             raise UserError(f"{who}: RapidOCR does not take the options {dict(options)} ({error}).") from error
 
