@@ -381,6 +381,18 @@ def test_a_picture_cut_short_anywhere_is_broken_or_whole(tmp_path: Path, ending:
     assert broken >= 42
 
 
+def test_damaged_exif_data_are_a_broken_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(picture: Image.Image) -> Image.Image:
+        raise AttributeError("'IFDRational' object has no attribute 'encode'")  # as of a JPEG with a changed byte
+
+    monkeypatch.setattr("evaluation.pictures.ImageOps.exif_transpose", damaged)
+    (tmp_path / "00000").mkdir()
+    noise(0).save(tmp_path / "00000/0.png")
+    planned = Part("geneval").plan({"index": 0, "prompt": "a dog", "metadata": {}})[:1]
+    (found,) = PictureFolder(tmp_path).load(PictureFolder(tmp_path).find(planned))
+    assert isinstance(found, str) and found.startswith("broken: ")
+
+
 def test_a_folder_without_any_picture_is_a_wrong_folder(data: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no picture of GenEval: the first one would be 00000/0.png or, .* 00000/sa"):
