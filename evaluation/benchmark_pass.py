@@ -22,8 +22,9 @@ Seen = Mapping[str, Any]  # of one picture: {"sha256", "size": [width, height]},
 class BenchmarkPass:
     """What all steps of an evaluation share.
 
-    prompts, of: those that are evaluated, and how many the benchmark has.   number: of pictures of each prompt.
-    size, seed: of the pictures to draw, None for the protocol's own.   drawn_together: pictures in one batch.
+    prompts, of: those that are evaluated, each by one of the roles at least, and how many the benchmark has.
+    number: of pictures of each prompt.   size, seed: of the pictures to draw, None for the protocol's own.
+    drawn_together: pictures in one batch.
     folder: of all that is written.
     """
 

@@ -44,7 +44,7 @@ def note_settings(folder: Path, settings: Mapping[str, Any]) -> None:
                     f"{folder} holds pictures drawn with {', '.join(different)}: give the same settings, name another "
                     "output=…, or delete that folder to draw anew."
                 )
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir()):  # left by a kill right here
             raise UserError(
                 f"{folder} holds pictures and no {MANIFEST}, so it is not known how they came about: give them as "
                 "images=…, or name another output=…."

@@ -21,7 +21,10 @@ from evaluation.benchmarks.protocol import PlannedImage
 from zimage_lit.errors import UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+DECODING_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
+    ArithmeticError, AttributeError, LookupError, TypeError,  # of damaged EXIF data
+)  # fmt: skip
 MISSING = "missing"
 
 

@@ -165,7 +165,7 @@ def _images(work: BenchmarkPass, prompt: Prompt, seen: list[Seen]) -> list[dict[
 def _result(
     work: BenchmarkPass, described: Described, metrics: Mapping[Mode, BenchmarkMetric], sizes: Counter[str]
 ) -> dict[str, Any]:
-    reasons = [*described.reasons, *_reasons_by_size(work, sizes)]
+    reasons = [*described.reasons, *_reasons_by_size(work, sizes), *_reasons_by_loss(work, sizes)]
     return {
         "benchmark": work.part.benchmark,
         "language": work.part.language,
@@ -185,3 +185,10 @@ def _reasons_by_size(work: BenchmarkPass, sizes: Counter[str]) -> list[str]:
     side = getattr(work.part.module, "SIZE", None)
     others = [size for size in sorted(sizes) if side and size != f"{side}x{side}"]
     return [f"The pictures have {', '.join(others)} pixels, not {side}x{side}."] if others else []
+
+
+def _reasons_by_loss(work: BenchmarkPass, sizes: Counter[str]) -> list[str]:
+    """Why a score with lost pictures does not compare: published ones leave such pictures out."""
+    every = len(work.prompts) * work.number
+    lost = every - sizes.total()
+    return [f"{lost} of {every} pictures are missing or broken, and count as 0."] if lost else []

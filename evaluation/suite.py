@@ -1,7 +1,7 @@
 """Which benchmarks there are, and each in each of its languages."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,6 +101,12 @@ class Part:
             if taken[group] <= number:
                 kept.append(prompt)
         return kept
+
+    def judged(self, prompts: Sequence[dict[str, Any]], number: int, roles: Collection[str]) -> list[dict[str, Any]]:
+        """The prompts of which judges of these roles are asked anything about `number` pictures each: OneIG-Bench's
+        reasoning, for one, is nothing to a vision-language model."""
+        asked = self.module.questions
+        return [prompt for prompt in prompts if any(one.role in roles for one in asked(prompt, number))]
 
 
 def parts_of(benchmarks: Sequence[str], language: str | None) -> list[Part]:

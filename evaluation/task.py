@@ -31,7 +31,7 @@ from evaluation.judging import ask, build_judges, look
 from evaluation.pictures import PictureFolder
 from evaluation.scoring import RESULT, Described, score
 from evaluation.shards import Shard, locked, shard_of
-from evaluation.suite import Part, parts_of
+from evaluation.suite import WITHOUT_FILES, Part, parts_of
 from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import read_json
@@ -124,15 +124,22 @@ def check_settings(asked: EvaluateSettings, given: Mapping[str, Any]) -> None:
     at_least_one("batch_size", asked.batch_size)
 
 
-def evaluate(asked: EvaluateSettings) -> list[Path]:
-    """Draw, look, judge and score; the folders of the results that are finished."""
-    shard = own_shard(asked)
-    parts = parts_of(asked.benchmark, asked.language)
+def check_effects(asked: EvaluateSettings, parts: Sequence[Part]) -> None:
+    """UserError for settings that mean nothing to any of these benchmarks."""
     most = max(part.module.IMAGES_PER_PROMPT for part in parts)
     if asked.images_per_prompt and asked.images_per_prompt > most:
         raise UserError(f"images_per_prompt={asked.images_per_prompt} has no effect: the protocol has {most} at most.")
     if asked.compression and "oneig" not in [part.benchmark for part in parts]:
         raise UserError("compression has an effect on oneig alone, which is not among the benchmarks: leave it out.")
+    if asked.data and all(part.benchmark in WITHOUT_FILES for part in parts):
+        raise UserError("data has no effect, for no benchmark that was named has official files: leave it out.")
+
+
+def evaluate(asked: EvaluateSettings) -> list[Path]:
+    """Draw, look, judge and score; the folders of the results that are finished."""
+    shard = own_shard(asked)
+    parts = parts_of(asked.benchmark, asked.language)
+    check_effects(asked, parts)
     used = dict.fromkeys(role for part in parts for role in part.module.ROLES_USED)
     needed = {role for part in parts for role in part.module.ROLES_USED if role not in part.module.OPTIONAL_ROLES}
     prompts = {part: part.prompts(Path(asked.data) if asked.data else None) for part in parts}
@@ -173,12 +180,14 @@ def benchmark_pass(
             raise UserError(f"there is no folder {images} with the pictures of {part.title}: check images=….")
     oneig = part.benchmark == "oneig"
     module = part.module
+    number = min(asked.images_per_prompt or module.IMAGES_PER_PROMPT, module.IMAGES_PER_PROMPT)
+    roles = tuple(role for role in module.ROLES_USED if role in judged)
     return BenchmarkPass(
         part=part,
-        prompts=part.first_of_each_group(prompts, asked.prompts),
+        prompts=part.judged(part.first_of_each_group(prompts, asked.prompts), number, roles),
         of=len(prompts),
-        number=min(asked.images_per_prompt or module.IMAGES_PER_PROMPT, module.IMAGES_PER_PROMPT),
-        roles=tuple(role for role in module.ROLES_USED if role in judged),
+        number=number,
+        roles=roles,
         pictures=PictureFolder(images, gallery=oneig, compressed=oneig and asked.compression != "lossless"),
         folder=folder,
         seed=asked.seed,
@@ -315,22 +324,26 @@ def reasons(asked: EvaluateSettings, work: BenchmarkPass, judges: Mapping[str, J
 
 def report(asked: EvaluateSettings, results: Sequence[Path]) -> None:
     """Pages about finished results, each and all together, and what MLflow gets of them."""
+    from lightning.pytorch.utilities import rank_zero_only
+
     from evaluation.report.tracking import log_to_mlflow
     from evaluation.report.write import write_report
     from zimage_lit.tracking import ResilientMLFlowLogger
 
-    for folder in results:
-        write_report([folder], folder)
-    if len(results) > 1:
-        write_report(results, Path(asked.output))
-    if asked.experiment_name is None:
-        return
-    name = model_name(asked)
-    own = Path(asked.output) / "mlflow" / re.sub(r"[^\w.-]", "_", name)
-    logger = ResilientMLFlowLogger(asked.experiment_name, str(own), name, asked.tracking_uri)
-    for folder in results:
-        log_to_mlflow(folder, logger)
-    logger.finalize("success")
+    with locked(Path(asked.output) / ".report.lock"):  # shards that end together would write the same at once
+        for folder in results:
+            write_report([folder], folder)
+        if len(results) > 1:
+            write_report(results, Path(asked.output))
+        if asked.experiment_name is None:
+            return
+        rank_zero_only.rank = 0  # loggers are silent on torchrun's other ranks, and any may be the last to be done
+        name = model_name(asked)
+        own = Path(asked.output) / "mlflow" / re.sub(r"[^\w.-]", "_", name)
+        logger = ResilientMLFlowLogger(asked.experiment_name, str(own), name, asked.tracking_uri)
+        for folder in results:
+            log_to_mlflow(folder, logger)
+        logger.finalize("success")
 
 
 def said(work: BenchmarkPass) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -182,7 +183,7 @@ class BidirectionalLlama:
         try:
             loaded: Any = LlamaModel.from_pretrained(folder, **settings)
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(f"{folder} cannot be loaded as a Llama with its tokenizer ({reason}).") from error
         self.network, report = loaded

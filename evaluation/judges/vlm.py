@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from evaluation.judges.contract import Asked, JudgeRecord
 from evaluation.judges.weights import folder_revision, library_versions
@@ -97,7 +98,7 @@ class QwenVLJudge:
             self._processor.image_processor = AutoImageProcessor.from_pretrained(
                 self.folder, local_files_only=True, backend="pil"
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._unusable(error) from error
         model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
         self._model = torch.nn.Module.to(model, usable_device(self.device)).eval()
@@ -167,13 +168,22 @@ class EndpointJudge:
         )
 
     def judge(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
+        """UserError for a server that does not answer, or not as it should."""
+        try:
+            return [{"answer": answer} for answer in self._answers(asked)]
+        except ConnectionError as error:
+            raise UserError(
+                f"the judge vlm: {error}: start its server or mend the url, then start the same command again."
+            ) from error
+
+    def _answers(self, asked: Sequence[Asked]) -> list[str]:
         answers = [""] * len(asked)
         for longest in sorted({question["max_new_tokens"] for _, question in asked}):
             places = [place for place, (_, question) in enumerate(asked) if question["max_new_tokens"] == longest]
             questions = [(as_tensor(asked[place].pictures[0]), asked[place].question["prompt"]) for place in places]
             for place, answer in zip(places, self._endpoint.ask_all(questions, longest), strict=True):
                 answers[place] = answer.text
-        return [{"answer": answer} for answer in answers]
+        return answers
 
 
 def as_tensor(picture: Image.Image) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from evaluation.judges.contract import Asked, Judge, JudgeRecord
 from evaluation.judges.mplug import CHECKPOINT, MPlug, MPlugConfig
@@ -148,7 +149,7 @@ class BlipVQAJudge:
             model: torch.nn.Module = BlipForQuestionAnswering.from_pretrained(
                 self.folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"{self.folder} cannot be loaded as BLIP ({str(error).splitlines()[0]}): download "
                 "Salesforce/blip-vqa-capfilt-large there."

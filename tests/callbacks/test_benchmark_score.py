@@ -133,6 +133,7 @@ def test_other_processes_draw_nothing_and_log_nothing(tmp_path: Path, monkeypatc
         ({"benchmark": "tinyworld", "prompts": 0}, "BenchmarkScore: prompts must be at least 1"),
         ({"benchmark": "tinyworld", "judges": {"ocr": {}}}, "judges.ocr has no effect"),
         ({"benchmark": "geneval"}, "GenEval reads its official files from data="),
+        ({"benchmark": "tinyworld", "images_per_prompt": 2}, "images_per_prompt=2 has no effect"),
     ],
 )
 def test_wrong_settings_show_before_training(arguments: dict[str, Any], message: str) -> None:

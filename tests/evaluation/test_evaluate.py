@@ -20,6 +20,7 @@ from typing import Any
 import fake_judges
 import pytest
 from benchmark_files import ROOT, official
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from variants import write_pipeline
 
@@ -204,6 +205,18 @@ def test_several_benchmarks_and_languages_each_have_a_folder(tmp_path: Path, dat
     assert dimensions.keys() == {"alignment", "text", "reasoning", "diversity"}  # no styled prompt is among the first
 
 
+def test_prompts_that_no_judge_is_asked_about_are_left_out_and_counted(tmp_path: Path, data: Path) -> None:
+    part = Part("oneig", "en")
+    draw_all(tmp_path / "pictures", part, part.first_of_each_group(part.prompts(data), 1))
+    settings = {"benchmark": "oneig", "language": "en", "judges": judges("vlm"), "prompts": 1}
+    evaluate_task({**settings_for(tmp_path / "pictures", data, tmp_path / "out"), **settings})
+    result = json.loads(result_files(tmp_path / "out", "oneig-en")[0])
+    assert result["scores"]["official"]["scores"].keys() == {"alignment", "text"}
+    assert result["slice"] == {"prompts": 4, "of": 1120}
+    groups = [line["group"] for line in lines_of(tmp_path / "out", "oneig-en")]
+    assert sorted(groups) == ["anime", "human", "object", "text"]  # reasoning is LLM2CLIP's
+
+
 # ------------------------------------------------------------------------------------------------------ kills, shards
 
 
@@ -336,6 +349,7 @@ def test_missing_and_broken_pictures_are_counted_and_named(pictures: Path, data:
         assert scores["images"] == 96 and scores["lost"]["images"] == 6
         assert scores["lost"]["prompts"] == dict(sorted(named.items()))
         assert scores["overall"] < sum(scores["lost"]["scores_if_skipped"].values()) / 6
+    assert "6 of 96 pictures are missing or broken, and count as 0." in result["comparable"]["reasons"]
     lost = {
         Path(line["prompt_id"], str(place)): image["lost"]
         for line in lines_of(tmp_path / "out")
@@ -365,6 +379,18 @@ def test_a_picture_cut_short_anywhere_is_broken_or_whole(tmp_path: Path, ending:
             assert found.startswith("broken: ") and str(tmp_path) not in found
             broken += 1
     assert broken >= 42
+
+
+def test_damaged_exif_data_are_a_broken_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(picture: Image.Image) -> Image.Image:
+        raise AttributeError("'IFDRational' object has no attribute 'encode'")  # as of a JPEG with a changed byte
+
+    monkeypatch.setattr("evaluation.pictures.ImageOps.exif_transpose", damaged)
+    (tmp_path / "00000").mkdir()
+    noise(0).save(tmp_path / "00000/0.png")
+    planned = Part("geneval").plan({"index": 0, "prompt": "a dog", "metadata": {}})[:1]
+    (found,) = PictureFolder(tmp_path).load(PictureFolder(tmp_path).find(planned))
+    assert isinstance(found, str) and found.startswith("broken: ")
 
 
 def test_a_folder_without_any_picture_is_a_wrong_folder(data: Path, tmp_path: Path) -> None:
@@ -544,6 +570,14 @@ def test_other_settings_do_not_mix_with_pictures_that_are_there(model: Path, tmp
         evaluate_task(drawing_for(model, tmp_path / "out"))
 
 
+def test_a_manifest_that_a_kill_tore_is_written_anew(model: Path, tmp_path: Path) -> None:
+    images = tmp_path / "out/tinyworld-en/images"
+    images.mkdir(parents=True)
+    (images / "manifest.json.tmp").write_text("{")
+    evaluate_task(drawing_for(model, tmp_path / "out"))
+    assert len(drawn_files(tmp_path / "out")) == 7 and (images / "manifest.json").is_file()
+
+
 def test_a_picture_that_was_deleted_is_drawn_again(model: Path, tmp_path: Path) -> None:
     evaluate_task(drawing_for(model, tmp_path / "out", batch_size=4))
     before, result = drawn_files(tmp_path / "out"), result_files(tmp_path / "out", "tinyworld-en")
@@ -595,6 +629,11 @@ def test_wrong_settings_are_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_official_files_mean_nothing_to_tinyworld(model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="data has no effect"):
+        evaluate_task(drawing_for(model, tmp_path / "out", data=str(data)))
+
+
 def test_a_rewriter_of_prompts_is_none_of_a_model_that_draws(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="prompt_rewriter says how images=… came about"):
         evaluate_task(drawing_for(model, tmp_path / "out", prompt_rewriter="a language model"))
@@ -628,9 +667,12 @@ def test_the_command_line_evaluates(pictures: Path, data: Path, tmp_path: Path, 
 # ------------------------------------------------------------------------------------ reports, and what else there is
 
 
-def test_results_have_reports_and_are_a_run_in_mlflow(pictures: Path, data: Path, tmp_path: Path) -> None:
+def test_results_have_reports_and_are_a_run_in_mlflow(
+    pictures: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow.tracking import MlflowClient
 
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # of torchrun's processes, any may be the last to be done
     part = Part("longtext", "en")
     draw_all(tmp_path / "both/longtext-en", part, part.first_of_each_group(part.prompts(data), 1))
     pictures.rename(tmp_path / "both/geneval")

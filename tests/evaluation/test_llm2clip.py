@@ -242,3 +242,6 @@ def test_folders_of_something_else(clip: Path, language_model: Path, tmp_path: P
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"does not hold the Llama .* norm\.weight"):
         BidirectionalLlama(str(tmp_path), CPU)
+    (tmp_path / "model.safetensors").write_bytes((language_model / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be loaded as a Llama"):
+        BidirectionalLlama(str(tmp_path), CPU)

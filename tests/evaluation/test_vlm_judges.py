@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -147,6 +148,13 @@ def test_the_record_tells_small_models_and_other_penalties_from_the_official(fol
     assert (record.differs, record.model) == ("", OFFICIAL)
 
 
+def test_weights_that_were_cut_short_are_one_sentence(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "cut")
+    (tmp_path / "cut/model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"cannot be loaded as Qwen2.5-VL .*download"):
+        QwenVLJudge(str(tmp_path / "cut"), device="cpu").judge([Asked((picture(0),), question("What?"))])
+
+
 def test_folders_of_other_models_and_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder .*/none for the judge vlm: download Qwen/Qwen2.5-VL-7B-Instruct"):
         QwenVLJudge(str(tmp_path / "none")).record()
@@ -221,3 +229,10 @@ def test_a_servers_judgements_are_never_comparable_and_its_key_is_asked_for(monk
         EndpointJudge("http://localhost:1/v1", OFFICIAL, api_key_env="JUDGE_KEY").record()
     with pytest.raises(UserError, match="the judge vlm: url must begin with http"):
         EndpointJudge("localhost", OFFICIAL)
+
+
+def test_a_server_that_is_not_there_is_one_sentence(served: Served) -> None:
+    served.server_close()
+    judge = EndpointJudge(f"http://127.0.0.1:{served.server_port}/v1", "qwen", wait=0.0)
+    with pytest.raises(UserError, match=r"^the judge vlm: .*start its server"):
+        judge.judge([Asked((picture(0),), question("a"))])

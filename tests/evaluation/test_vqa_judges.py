@@ -114,8 +114,11 @@ def test_folders_without_blip_are_refused(tmp_path: Path, blip: Path) -> None:
         BlipVQAJudge(str(tmp_path / "none")).record()
     shutil.copytree(blip, tmp_path / "half")
     (tmp_path / "half" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="half cannot be loaded as BLIP"):
-        BlipVQAJudge(str(tmp_path / "half")).judge([Asked((picture(0),), {"question": "red?"})])
+    for cut in (None, 100):
+        if cut:
+            (tmp_path / "half/model.safetensors").write_bytes((blip / "model.safetensors").read_bytes()[:-cut])
+        with pytest.raises(UserError, match="half cannot be loaded as BLIP"):
+            BlipVQAJudge(str(tmp_path / "half")).judge([Asked((picture(0),), {"question": "red?"})])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match="holds a bert, not a BLIP"):
         BlipVQAJudge(str(tmp_path)).record()

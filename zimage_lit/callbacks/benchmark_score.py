@@ -51,11 +51,17 @@ class BenchmarkScore(Scheduled):
             raise UserError("BenchmarkScore: benchmark names one; give a callback for each.")
         self.part = parts[0]
         self.sampling = sampling or SamplingSettings()
-        every = self.part.prompts(Path(data) if data else None)
-        self.prompts = self.part.first_of_each_group(every, prompts)
-        self.plans = [self.part.plan(prompt)[:images_per_prompt] for prompt in self.prompts]
         module = self.part.module
+        if images_per_prompt > module.IMAGES_PER_PROMPT:
+            raise UserError(
+                f"BenchmarkScore: images_per_prompt={images_per_prompt} has no effect: the protocol has "
+                f"{module.IMAGES_PER_PROMPT} at most."
+            )
+        every = self.part.prompts(Path(data) if data else None)
         self.judges = build_judges(judges or {}, module.ROLES_USED, module.OPTIONAL_ROLES)
+        first = self.part.first_of_each_group(every, prompts)
+        self.prompts = self.part.judged(first, images_per_prompt, self.judges)
+        self.plans = [self.part.plan(prompt)[:images_per_prompt] for prompt in self.prompts]
         self.history: list[dict[str, Any]] = []  # the scores of each time, with the step
 
     @cached_property
