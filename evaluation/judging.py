@@ -230,7 +230,7 @@ def _checked(
         )
     complete = [{**entry, "judgement": answer} for entry, answer in zip(entries, answers, strict=True)]
     try:
-        json.dumps(complete, allow_nan=False)
+        json.dumps(complete, allow_nan=False, ensure_ascii=False).encode()  # letters that UTF-8 lacks are errors, too
     except (TypeError, ValueError) as error:
         raise UserError(
             f"judges.{role}: {type(judge).__name__} gives what JSON does not have ({error}): mend it to give plain "

@@ -221,7 +221,10 @@ def read_chinese() -> str:
 def read_as(picture: Image.Image, text: str) -> str:
     reader = RapidOCRReader()
     reader.record()  # raises where it is not installed
-    (judgement,) = reader.judge([Asked((picture,), {})])
+    try:
+        (judgement,) = reader.judge([Asked((picture,), {})])
+    except UserError as error:  # it is installed, and does not work
+        raise RuntimeError(str(error)) from error
     expect(" ".join(line["text"] for line in judgement["lines"]), text, "what was read")
     return f"{text} ({reader.record().model})"
 

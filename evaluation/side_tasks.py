@@ -1,4 +1,4 @@
-"""What `lightning run evaluate` does beside benchmarks: distances to real pictures, and ratings from people's votes."""
+"""What `lightning run evaluate` does beside benchmarks: models side by side, distances to real pictures, votes."""
 
 import json
 from dataclasses import dataclass
@@ -9,8 +9,18 @@ from rich.console import Console
 
 from evaluation.fidelity.image_quality import FidelitySettings, fidelity
 from evaluation.preference.task import preference
+from evaluation.report.write import write_report
 from zimage_lit.config import settings_from
 from zimage_lit.files import write_atomically
+
+
+@dataclass(frozen=True)
+class CompareTaskSettings:
+    """Settings of `lightning run evaluate benchmark=compare`."""
+
+    benchmark: str
+    results: list[str]  # folders with a result.json; differences are from the model that comes first
+    output: str = "outputs/evaluation/compare"  # gets report.html, .md and .json
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,12 @@ class PreferenceTaskSettings:
     output: str = "outputs/evaluation"  # preference/ below it gets preference.json, .md and .html
     resamples: int = 1000  # of the bootstrap, for intervals
     seed: int = 0  # of the bootstrap
+
+
+def compare_task(settings: dict[str, Any]) -> None:
+    """Put results side by side; UserError as `write_report` has it."""
+    asked = settings_from(CompareTaskSettings, settings)
+    say(str(write_report([Path(folder) for folder in asked.results], Path(asked.output))))
 
 
 def fidelity_task(settings: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ class EvaluateSettings:
     """Settings of `lightning run evaluate`; of those of sampling null stands for what the model was saved with."""
 
     # geneval, cvtg2k, longtext, oneig, dpg, tinyworld, several with commas between, or all; by themselves, with
-    # settings of their own: fidelity (images, reference, inception) and preference (votes)
+    # settings of their own: compare (results), fidelity (images, reference, inception) and preference (votes)
     benchmark: list[str]
     model: str | None = None  # what draws: a pipeline's folder, a run's folder, or a run's checkpoint (.ckpt)
     images: str | None = None  # or pictures that are there: a folder; for several benchmarks a folder each below it
@@ -88,7 +88,7 @@ OF_DRAWING = (
 )  # fmt: skip
 
 
-SIDE_TASKS = {"fidelity": "fidelity_task", "preference": "preference_task"}
+SIDE_TASKS = {"compare": "compare_task", "fidelity": "fidelity_task", "preference": "preference_task"}
 
 
 def evaluate_task(settings: dict[str, Any]) -> None:
@@ -122,6 +122,8 @@ def check_settings(asked: EvaluateSettings, given: Mapping[str, Any]) -> None:
         if (value := getattr(asked, name)) is not None:
             at_least_one(name, value)
     at_least_one("batch_size", asked.batch_size)
+    if asked.tracking_uri and asked.experiment_name is None:
+        raise UserError("tracking_uri has no effect with experiment_name=null, which tracks nothing: leave one out.")
 
 
 def check_effects(asked: EvaluateSettings, parts: Sequence[Part]) -> None:

@@ -26,7 +26,8 @@ class Reader(Walk):
 
     def run(self, command: str) -> None:
         words = run_words(command)
-        if "--self-test" in words or "benchmark=preference" in words:
+        if "--self-test" in words or {"benchmark=preference", "benchmark=compare"} & set(words):
+            write_other_model(Path("outputs/evaluation/cvtg2k"), Path("outputs/other-model/cvtg2k"))
             code, printed = lightning_run(words)
             assert code == 0, printed
             self.ran[command] = printed
@@ -40,6 +41,14 @@ class Reader(Walk):
             self.checked.append(command)
         else:
             super().run(command)
+
+
+def write_other_model(folder: Path, other: Path) -> None:
+    """The result of a model, as if another one had it too."""
+    if folder.is_dir() and not other.is_dir():
+        shutil.copytree(folder, other)
+        result = json.loads((folder / "result.json").read_text())
+        (other / "result.json").write_text(json.dumps({**result, "model": "other"}))
 
 
 @pytest.fixture(scope="module")

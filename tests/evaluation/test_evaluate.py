@@ -22,6 +22,7 @@ import pytest
 from benchmark_files import ROOT, official
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
+from result_folders import result_folder
 from variants import write_pipeline
 
 from evaluation import judging, scoring, side_tasks
@@ -729,6 +730,15 @@ def test_distances_are_measured_by_the_same_command(
     assert asked == [((Path("a"), Path("b"), Path("c.pth"), FidelitySettings(resize=64)), {"device": "cpu"})]
     assert json.loads((tmp_path / "fidelity/fidelity.json").read_text())["metrics"]["fid"]["value"] == 1.5
     assert "fid 1.5000" in capsys.readouterr().out
+
+
+def test_results_of_several_models_are_put_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folders = [result_folder(tmp_path / name, "tinyworld-en", name) for name in ("one", "other")]
+    words = ["benchmark=compare", f"results=[{folders[0]}, {folders[1]}]", f"output={tmp_path}/both"]
+    assert cli.main(["run", "evaluate", *words]) == 0
+    page = (tmp_path / "both/report.html").read_text()
+    assert "one" in page and "other" in page and "report.html" in capsys.readouterr().out
+    assert cli.main(["run", "evaluate", "benchmark=compare", f"results=[{tmp_path}]"]) == 2
 
 
 def test_the_self_test_belongs_to_evaluate(

@@ -74,6 +74,16 @@ def test_what_is_not_installed_is_skipped_with_the_way_to_it(
     assert "skipped  OCR reads English: install it with pip install 'zimage-lit[ocr]'." in capsys.readouterr().out
 
 
+def test_a_reader_that_is_installed_and_does_not_work_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise UserError("the model's file is damaged.")
+
+    monkeypatch.setattr(tested.RapidOCRReader, "record", lambda _: None)
+    monkeypatch.setattr(tested.RapidOCRReader, "judge", broken)
+    with pytest.raises(RuntimeError, match="damaged"):
+        tested.read_english()
+
+
 def test_the_embedded_reader_reads_english_and_chinese() -> None:
     pytest.importorskip("rapidocr", reason="RapidOCR is not installed: pip install 'zimage-lit[ocr]'")
     assert tested.read_english().startswith("OPEN 24 HOURS (RapidOCR")
