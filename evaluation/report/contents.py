@@ -173,7 +173,7 @@ def without_them(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def worst(benchmark: str, prompts: Sequence[Prompt], number: int = WORST) -> list[Prompt]:
-    """The prompts of lowest score that have a picture, equal ones drawn by lot, the same ones each time; none of full score.
+    """The prompts of lowest score, below 1, that have a picture; equal ones drawn by lot, the same ones each time.
 
     OneIG's sets are scored in ways that do not compare: there each set in turn gives its worst.
     """
