@@ -90,8 +90,16 @@ def _built(role: str, component: Any) -> Judge:
         built: Judge = parser.instantiate(parser.parse_object({"judge": component})).judge
     except (ArgumentError, ValueError) as error:
         root = root_of(error)
-        raise root if isinstance(root, UserError) else UserError(f"{place}: {one_line(root)}") from error
+        raise UserError(f"{place}: {root if isinstance(root, UserError) else one_line(root)}") from error
     return built
+
+
+def record_of(role: str, judge: Judge) -> JudgeRecord:
+    """What a judge says of itself; UserError, with the setting, for one whose weights are not there."""
+    try:
+        return judge.record()
+    except UserError as error:
+        raise UserError(f"judges.{role}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- looking

@@ -159,7 +159,9 @@ BY_HAND: Mapping[str, Callable[[], str]] = {
 
 def against_published(golden: Path | None, name: str, compare: Callable[[Any], int]) -> str:
     if golden is None:
-        raise UserError("give the folder of the published vectors to have them scored too.")
+        raise UserError(
+            "give golden=FOLDER, with what the benchmark's own code made of some cases, to have them scored too."
+        )
     return f"{compare(json.loads((golden / FILES[name]).read_text(encoding='utf-8')))} cases as published"
 
 

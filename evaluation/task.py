@@ -27,7 +27,7 @@ from rich.console import Console
 from evaluation.benchmark_pass import BenchmarkPass
 from evaluation.drawing import check_lengths, draw, drawing_settings, note_settings
 from evaluation.judges.contract import Judge, JudgeRecord
-from evaluation.judging import ask, build_judges, look
+from evaluation.judging import ask, build_judges, look, record_of
 from evaluation.pictures import PictureFolder
 from evaluation.scoring import RESULT, Described, score
 from evaluation.shards import Shard, locked, shard_of
@@ -49,9 +49,10 @@ class EvaluateSettings:
     images: str | None = None  # or pictures that are there: a folder; for several benchmarks a folder each below it
     data: str | None = None  # folder with the official files, a folder a benchmark: geneval/, cvtg2k/ and so on
     language: str | None = None  # en or zh; null: both where a benchmark has both
-    name: str | None = None  # of the model, in tables; null: that of its folder
+    name: str | None = None  # of the model, in tables; null: that of its folder, for a run's pipeline/ that of the run
     output: str = "outputs/evaluation"  # folder of the results, a folder a benchmark
-    judges: dict[str, dict | None] = field(default_factory=dict)  # judges.ROLE.class_path, …init_args; null: without
+    # judges.ROLE.class_path, …init_args; null: without (a text is none, and is named as that)
+    judges: dict[str, dict | str | None] = field(default_factory=dict)
     prompts: int | None = None  # a quick look: so many prompts of each of a benchmark's groups; null: all
     images_per_prompt: int | None = None  # fewer pictures than the protocol has; null: as it has
     # what judges of OneIG-Bench see: pictures as its own tools compress them, or as they are; null: official
@@ -97,7 +98,10 @@ def evaluate_task(settings: dict[str, Any]) -> None:
     Raises UserError for wrong settings, official files, judges and a model that cannot be used, and pictures that were
     drawn with other settings: all before anything is drawn.
     """
-    side_task = SIDE_TASKS.get(str(settings.get("benchmark")))
+    asked_for = [name.strip() for name in str(settings.get("benchmark")).split(",")]
+    if alone := [name for name in asked_for if name in SIDE_TASKS and len(asked_for) > 1]:
+        raise UserError(f"benchmark={alone[0]} has settings of its own: run it by itself.")
+    side_task = SIDE_TASKS.get(asked_for[0])
     if side_task:
         from evaluation import side_tasks  # with torch-fidelity, which benchmarks do not need
 
@@ -146,7 +150,7 @@ def evaluate(asked: EvaluateSettings) -> list[Path]:
     needed = {role for part in parts for role in part.module.ROLES_USED if role not in part.module.OPTIONAL_ROLES}
     prompts = {part: part.prompts(Path(asked.data) if asked.data else None) for part in parts}
     judges = build_judges(asked.judges, list(used), [role for role in used if role not in needed])
-    records = {role: judge.record() for role, judge in judges.items()}
+    records = {role: record_of(role, judge) for role, judge in judges.items()}
     works = [benchmark_pass(asked, part, prompts[part], list(judges), len(parts) > 1) for part in parts]
     for work in works:
         check_output(asked, work)
@@ -303,7 +307,10 @@ def finish(
 
 
 def model_name(asked: EvaluateSettings) -> str:
-    return asked.name or Path(asked.model or asked.images or "").resolve().name
+    if asked.name:
+        return asked.name
+    folder = Path(asked.model or asked.images or "").resolve()
+    return folder.parent.name if asked.model and folder.name == "pipeline" else folder.name
 
 
 def reasons(asked: EvaluateSettings, work: BenchmarkPass, judges: Mapping[str, JudgeRecord]) -> list[str]:

@@ -109,7 +109,10 @@ def verdict_on(record: Mapping[str, Any], mode: Mode = "official") -> dict[str, 
     if "lost" in record:
         return {"correct": False, "reason": f"lost: {record['lost']}"}
     require(record, "read", "correct")
-    return {"correct": bool(record["correct"]), "reason": "" if record["correct"] else f"read {record['read']}"}
+    return {
+        "correct": bool(record["correct"]),
+        "reason": "" if record["correct"] else f"read {record['read'] or 'nothing'}",
+    }
 
 
 def summary(tally: Tally, mode: Mode) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def folder_revision(folder: str | Path) -> str:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder} with a judge's weights: check the path.")
+        raise UserError(f"there is no folder {folder} with a judge's weights: check the path, or download them there.")
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     kept = [name for name in files if _decides(name)]
     if not kept:

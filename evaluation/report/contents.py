@@ -22,7 +22,13 @@ APART = 6  # prompts that are shown of each pair of models
 DETAILS = ("subsets", "subcategories", "sets")  # groups of sub-scores that are many
 SAME_AS_OVERALL = {"cvtg2k": "word_accuracy", "longtext": "text_score", "dpg": "dpg"}
 REPEATED = ("tasks",)  # of a result: what `scores` has already
-NOTHING_PUBLISHED = Published(1, 3, "No numbers are published for this benchmark.", ())
+NOTHING_PUBLISHED = Published(
+    1,
+    3,
+    "Overall is the mean of GenEval's six tasks; word, a seventh, is no part of it. No numbers are published for this "
+    "benchmark.",
+    (),
+)  # TinyWorld
 NO_PHRASE = (
     "a judge that says that there is no text, without the full stop that the original looks for, is taken for text by "
     "the original (official) and is not by the rule as it is meant (fixed)"
@@ -167,11 +173,11 @@ def without_them(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def worst(benchmark: str, prompts: Sequence[Prompt], number: int = WORST) -> list[Prompt]:
-    """The prompts of lowest score that have a picture, equal ones drawn by lot, the same ones each time.
+    """The prompts of lowest score, below 1, that have a picture; equal ones drawn by lot, the same ones each time.
 
     OneIG's sets are scored in ways that do not compare: there each set in turn gives its worst.
     """
-    drawn = [line for line in prompts if has_picture(line)]
+    drawn = [line for line in prompts if has_picture(line) and line["score"] < 1]
     ranked = sorted(drawn, key=lambda line: (line["score"], lot(line)))
     if benchmark in NOT_THE_HEADLINE:
         rank: Counter[str] = Counter()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evaluation.report.tables import (
+    NONE_WORST,
     anchors_with_numbers,
     difference_sentence,
     judge_table,
@@ -45,7 +46,11 @@ def section(benchmark: Contents) -> list[str]:
     for difference in benchmark["differences"]:
         parts += compared(benchmark, difference)
     for result in results:
-        parts += [f"### Worst prompts of {markdown_text(result['model'])}", bullets(map(prompt_line, result["worst"]))]
+        name = markdown_text(result["model"])
+        if result["worst"]:
+            parts += [f"### Worst prompts of {name}", bullets(map(prompt_line, result["worst"]))]
+        else:
+            parts.append(NONE_WORST.format(name))
         if result["lost"]:
             lost = [f"{one['prompt_id']}, picture {one['image'] + 1}: {one['reason']}" for one in result["lost"]]
             parts += [f"### Lost pictures of {markdown_text(result['model'])}", bullets(lost)]

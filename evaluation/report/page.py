@@ -7,6 +7,7 @@ from typing import Any
 from evaluation.report.chart import Series, score_chart
 from evaluation.report.results import Result
 from evaluation.report.tables import (
+    NONE_WORST,
     anchors_with_numbers,
     difference_sentence,
     judge_table,
@@ -150,6 +151,8 @@ def compared(benchmark: Contents, difference: Contents, pictures: Pictures) -> s
 
 
 def worst(benchmark: Contents, result: Contents, pictures: Pictures) -> str:
+    if not result["worst"]:
+        return f"<p>{NONE_WORST.format(escape(result['model']))}</p>"
     where = pictures[benchmark["key"], result["model"]]
     cards = "".join(f"<div class='card'>{heading(shown)}{seen(shown, where)}</div>" for shown in result["worst"])
     return f"<h3>Worst prompts of {escape(result['model'])}</h3><div class='cards'>{cards}</div>"

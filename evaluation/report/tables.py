@@ -6,6 +6,7 @@ from typing import Any
 from zimage_lit.tables import with_interval
 
 NONE = "–"
+NONE_WORST = "Every picture of {} that is there is all right: there is no worst prompt to show."
 Contents = Mapping[str, Any]  # see contents.py
 
 

@@ -32,7 +32,7 @@ from evaluation.judges.contract import ROLES
 from evaluation.pictures import PictureFolder, picture_hash
 from evaluation.shards import Shard, shard_of
 from evaluation.suite import Part
-from evaluation.task import evaluate_task
+from evaluation.task import EvaluateSettings, evaluate_task, model_name
 from zimage_lit import cli
 from zimage_lit.errors import UserError
 from zimage_lit.pipeline import ZImagePipeline
@@ -610,6 +610,12 @@ def test_a_picture_that_was_deleted_is_drawn_again(model: Path, tmp_path: Path) 
         ({"judges": {"detector": {"class_path": JUDGE}}}, "judges.detector.init_args.role has no value"),
         ({"judges": {"detector": {"class_path": "fake_judges.said"}}}, "judges.detector.*must be|said"),
         ({"judges": judges("detector", weights="a")}, "judges.detector.init_args.weights is not a setting"),
+        ({"judges": {"detector": JUDGE}}, r"judges.detector must name a judge: give judges.detector.class_path="),
+        (
+            {"judges": {"detector": {"init_args": {"folder": "no", "clip": "no"}}}},
+            "judges.detector: there is no folder no",
+        ),
+        ({"benchmark": "preference,geneval"}, "benchmark=preference has settings of its own: run it by itself"),
         ({"num_inference_steps": 4}, "num_inference_steps has no effect on images"),
         ({"batch_size": 4}, "batch_size has no effect on images"),
         ({"compression": "lossless"}, "compression has an effect on oneig alone"),
@@ -690,6 +696,14 @@ def test_results_have_reports_and_are_a_run_in_mlflow(
     assert run.info.run_name == "Model/1" and run.info.status == "FINISHED"
     assert run.data.metrics["geneval/overall"] == result["scores"]["official"]["overall"]
     assert "longtext-en/overall" in run.data.metrics
+
+
+def test_a_model_is_called_like_its_run(tmp_path: Path) -> None:
+    run = tmp_path / "quickstart"
+    for model in (run, run / "pipeline"):
+        assert model_name(EvaluateSettings(["tinyworld"], model=str(model))) == "quickstart"
+    assert model_name(EvaluateSettings(["tinyworld"], model=str(run / "pipeline"), name="ours")) == "ours"
+    assert model_name(EvaluateSettings(["cvtg2k"], images=str(run / "pipeline"))) == "pipeline"
 
 
 def test_every_roles_own_judge_is_there_and_has_the_role() -> None:
