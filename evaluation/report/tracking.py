@@ -23,7 +23,8 @@ def log_to_mlflow(result_folder: Path, logger: ResilientMLFlowLogger) -> None:
     `_fixed`, `<benchmark>/lost_images`, where benchmark is geneval or, with its language, longtext-en, say. A table
     with a row a prompt, `evaluation/<benchmark>.json`, whose first column is the prompt: in the UI's evaluation view,
     rows of several runs with the same prompt stand together. `evaluation/<benchmark>/report.html` and `result.json`.
-    The tag `<benchmark>/comparable`: yes, or the reasons why not; parameters `<benchmark>/…`: how the pictures were made.
+    The tag `<benchmark>/comparable`: yes, or the reasons why not. Parameters `<benchmark>/…`: how the pictures were
+    made.
     """
     result = read_result(Path(result_folder))
     key, comparable = result.key, result.result["comparable"]
