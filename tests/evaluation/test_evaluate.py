@@ -557,7 +557,7 @@ def test_pictures_come_from_the_plans_seeds_and_draws(model: Path, data: Path, t
             assert drawn.text["seed"] == "42" and json.loads(drawn.text["parameters"])["draw"] == number
     result = json.loads(result_files(tmp_path / "out")[0])
     assert result["pictures"]["seed"] == 42 and result["pictures"]["num_inference_steps"] == 2
-    assert result["model"] == "pipeline" and result["pictures"]["sizes"] == {"32x32": 24}
+    assert result["model"] == model.parent.name and result["pictures"]["sizes"] == {"32x32": 24}
 
 
 def test_other_settings_do_not_mix_with_pictures_that_are_there(model: Path, tmp_path: Path) -> None:
