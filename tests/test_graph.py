@@ -303,6 +303,15 @@ def test_what_is_wrong_is_said_before_anything_is_run(life, asked, capsys, chang
     assert not asked
 
 
+def test_the_graph_of_the_guide_is_one(life, asked):
+    page = (REPOSITORY / "docs/training.md").read_text(encoding="utf-8")
+    (graph,) = re.findall(r"```yaml\n# experiments/life.yaml\n(.*?)```", page, flags=re.DOTALL)
+    (life / "experiments/life.yaml").write_text(graph)
+    assert run("life") == 0
+    assert names(asked) == ["low-res", "omni", "sft"]
+    assert read_graph("life").stage("sft").begins_from == ("omni",)
+
+
 def test_options_of_graphs_belong_to_graphs(life, capsys):
     assert run("toy", "--dry-run") == 2
     assert "toy is no graph of several stages" in capsys.readouterr().err
