@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,7 +70,13 @@ def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def ends() -> list[str]:
+    """How the graph's own run in MLflow ended, each time."""
+    return []
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, ends: list[str]) -> list[list[str]]:
     """What stages were asked to run, without running it and without MLflow."""
     commands: list[list[str]] = []
 
@@ -82,8 +87,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return 0
 
     monkeypatch.setattr(graph_run, "run_command", run)
-    logger = SimpleNamespace(run_id="1", tracking_uri="sqlite:///no.db")
-    monkeypatch.setattr(graph_run, "tracked", lambda graph: nullcontext(logger))
+    logger = SimpleNamespace(run_id="1", tracking_uri="sqlite:///no.db", finalize=ends.append)
+    monkeypatch.setattr(graph_run, "parent_run", lambda graph: logger)
     return commands
 
 
@@ -138,7 +143,7 @@ def test_how_a_run_is_watched_changes_nothing(life, asked):
     assert not asked
 
 
-def test_a_stage_that_fails_ends_the_graph_with_its_code_and_is_gone_on_with(life, monkeypatch, asked, capsys):
+def test_a_stage_that_fails_ends_the_graph_with_its_code_and_is_gone_on_with(life, monkeypatch, asked, ends, capsys):
     works = graph_run.run_command
 
     def fail(words: list[str], environment: object) -> int:
@@ -152,7 +157,7 @@ def test_a_stage_that_fails_ends_the_graph_with_its_code_and_is_gone_on_with(lif
     asked.clear()
     monkeypatch.setattr(graph_run, "run_command", works)
     assert run("life") == 0
-    assert names(asked) == ["right", "both"]
+    assert names(asked) == ["right", "both"] and ends == ["failed", "success"]
     assert not (life / "outputs/life/right.1").exists()  # it goes on in its folder
 
 
@@ -310,6 +315,12 @@ def test_the_graph_of_the_guide_is_one(life, asked):
     assert run("life") == 0
     assert names(asked) == ["low-res", "omni", "sft"]
     assert read_graph("life").stage("sft").begins_from == ("omni",)
+
+
+def test_a_graph_is_started_once(life, asked, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("life") == 2 and not asked
+    assert "start life once, without torchrun" in capsys.readouterr().err
 
 
 def test_options_of_graphs_belong_to_graphs(life, capsys):

@@ -82,6 +82,8 @@ def run_graph(name: str, overrides: Sequence[str], options: GraphOptions) -> int
 
     Raises UserError for wrong settings, of any stage, before anything is run.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"start {name} once, without torchrun: each of its stages starts its own processes.")
     graph = read_graph(name, overrides)
     check_stages(graph)
     prints, state = fingerprints(graph), State.of(graph.folder)
@@ -92,22 +94,34 @@ def run_graph(name: str, overrides: Sequence[str], options: GraphOptions) -> int
         show(graph, prints, state, anew)
         return 0
     state.forget(anew)
-    with tracked(graph) as logger:
-        for number, stage in enumerate(graph.stages, start=1):
-            if options.only not in (None, stage.name):
-                continue
-            heading = f"stage {number} of {len(graph.stages)}, {stage.name} ({stage.runs})"
-            if state.is_finished(stage, prints[stage.name]):
-                print(f"{heading}: finished already, in {stage.folder}", flush=True)
-                continue
-            print(f"{heading}: {stage.folder}", flush=True)
-            if code := run_stage(stage, graph, prints[stage.name], state, logger):
-                print(
-                    f"{stage.name} ended with code {code}, for the reason above; the stages before it are kept, and "
-                    "the same command goes on with it.",
-                    file=sys.stderr,
-                )
-                return code
+    logger = parent_run(graph)
+    code = 1
+    try:
+        code = run_missing(graph, prints, state, logger, options.only)
+    finally:
+        logger.finalize("failed" if code else "success")
+    return code
+
+
+def run_missing(
+    graph: Graph, prints: Mapping[str, str], state: State, logger: ResilientMLFlowLogger, only: str | None
+) -> int:
+    """The stages that are not finished, in order; ends with the first that fails, and with its code."""
+    for number, stage in enumerate(graph.stages, start=1):
+        if only not in (None, stage.name):
+            continue
+        heading = f"stage {number} of {len(graph.stages)}, {stage.name} ({stage.runs})"
+        if state.is_finished(stage, prints[stage.name]):
+            print(f"{heading}: finished already, in {stage.folder}", flush=True)
+            continue
+        print(f"{heading}: {stage.folder}", flush=True)
+        if code := run_stage(stage, graph, prints[stage.name], state, logger):
+            print(
+                f"{stage.name} ended with code {code}, for the reason above; the stages before it are kept, and the "
+                "same command goes on with it.",
+                file=sys.stderr,
+            )
+            return code
     return 0
 
 
@@ -211,19 +225,11 @@ def check_inputs(stage: Stage, graph: Graph, prints: Mapping[str, str], state: S
 # ---------------------------------------------------------------------------------------------------------- tracking
 
 
-@contextmanager
-def tracked(graph: Graph) -> Iterator[ResilientMLFlowLogger]:
-    """The parent run, which the runs of the stages name as theirs."""
-    logger = ResilientMLFlowLogger(
-        graph.experiment_name, str(graph.folder), graph.name, graph.tracking_uri, tags={"zimage_lit.kind": "graph"}
-    )
+def parent_run(graph: Graph) -> ResilientMLFlowLogger:
+    """The graph's own run, which the runs of the stages name as theirs."""
+    logger = ResilientMLFlowLogger(graph.experiment_name, str(graph.folder), graph.name, graph.tracking_uri)
     logger.log_tags({f"stage/{stage.name}": stage.runs for stage in graph.stages})
-    status = "failed"
-    try:
-        yield logger
-        status = "success"
-    finally:
-        logger.finalize(status)
+    return logger
 
 
 def run_environment(stage: Stage, graph: Graph, logger: ResilientMLFlowLogger) -> dict[str, str]:
