@@ -42,14 +42,23 @@ GIVEN = {
 }
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One for all, for MLflow takes seconds to set one up."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_is_valid_and_can_be_built(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_experiment_is_valid_and_can_be_built(
+    name: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for part in ("transformer", "vae"):  # of a pipeline, as much as is read before training
         (tmp_path / "model" / part).mkdir(parents=True)
     (tmp_path / "model/transformer/config.json").write_text("{}")
     (tmp_path / "model/vae/config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    config = compose(name, ["trainer.accelerator=cpu", "trainer.devices=1", *GIVEN.get(name, [])])
+    here = ["trainer.accelerator=cpu", "trainer.devices=1", f"trainer.logger.init_args.tracking_uri={store}"]
+    config = compose(name, [*here, *GIVEN.get(name, [])])
     check_config(config)
     built = cli.build(config)
     assert type(built.model).__name__ == config["model"]["class_path"].rpartition(".")[2]

@@ -22,6 +22,7 @@ SETTINGS = [
     "trainer.callbacks.samples=null",
     "trainer.callbacks.score=null",
     "trainer.callbacks.export=null",
+    "trainer.callbacks.report=null",
     "trainer.callbacks.checkpoint.init_args.every_n_steps=3",
     "trainer.callbacks.recorder.class_path=recorder.LossRecorder",
     "model.init_args.backbone={preset: tiny, dim: 64, n_layers: 1, n_heads: 2, n_kv_heads: 2, pad_multiple: 8}",

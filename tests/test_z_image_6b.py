@@ -1,9 +1,11 @@
 """The experiments at full size: the real network on the meta device, and a small twin through the whole code path."""
 
+import contextlib
+import io
 import json
-import multiprocessing
 import os
 import shutil
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from ranks import Ranks
 
 from data_modules.preparation import PrepareSettings, prepare
 from zimage_lit import cli
@@ -158,68 +161,72 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, stage: str) -> int | None:
-    """`lightning run z-image-6b/STAGE` in a process of its own, for it may set up communication."""
+@pytest.fixture(scope="module")
+def process() -> Iterator[Ranks]:
+    """A process beside this one, for a run may set up communication."""
+    with Ranks(1) as one:
+        yield one
 
+
+def lightning_run(folder: Path, words: list[str]) -> tuple[int, str]:
+    """(exit code, errors) of `lightning run …`."""
+    os.chdir(folder)
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = cli.main(["run", *words])
+    return code, errors.getvalue()
+
+
+def run(process: Ranks, folder: Path, stage: str) -> tuple[int, str]:
+    """(exit code, errors) of the small twin of an experiment."""
     data = [] if stage in ON_PROMPTS else PICTURES
-
-    def child() -> None:
-        os.chdir(folder)
-        os.environ["OMP_NUM_THREADS"] = "1"  # else Lightning sets as many as there are cores, which hangs after a fork
-        torch.set_num_threads(1)
-        os._exit(cli.main(["run", f"z-image-6b/{stage}", *SMALL, *data, *OWN[stage]]))
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join()
-    return process.exitcode
+    (answer,) = process(lightning_run, folder, [f"z-image-6b/{stage}", *SMALL, *data, *OWN[stage]])
+    return answer
 
 
-def check_finished(folder: Path, stage: str) -> None:
+def check_run(process: Ranks, folder: Path, stage: str) -> None:
+    """It runs, and leaves what a finished run leaves."""
+    code, errors = run(process, folder, stage)
+    assert code == 0, errors
     output = folder / "outputs/z-image-6b" / stage
     assert json.loads((output / "run.json").read_text()) == {"status": "finished", "step": 2}
     assert Image.open(output / "samples/step-00000002.png").size > (1, 1)
     assert (output / "checkpoints/last.ckpt").exists()
 
 
-def test_a_small_twin_goes_through_the_curriculum(workplace: Path) -> None:
+def test_a_small_twin_goes_through_the_curriculum(process: Ranks, workplace: Path) -> None:
     for stage in CHAIN:
-        assert run(workplace, stage) == 0
-        check_finished(workplace, stage)
+        check_run(process, workplace, stage)
 
 
 @pytest.mark.parametrize("stage", ["finetune", "lora", "dpo"])
-def test_a_small_twin_is_tuned(workplace: Path, stage: str) -> None:
-    assert run(workplace, stage) == 0
-    check_finished(workplace, stage)
+def test_a_small_twin_is_tuned(process: Ranks, workplace: Path, stage: str) -> None:
+    check_run(process, workplace, stage)
 
 
-def test_a_small_twin_is_distilled_and_follows_a_reward(workplace: Path) -> None:
+def test_a_small_twin_is_distilled_and_follows_a_reward(process: Ranks, workplace: Path) -> None:
     for stage in ("decoupled_dmd", "dmdr"):
-        assert run(workplace, stage) == 0
-        check_finished(workplace, stage)
+        check_run(process, workplace, stage)
     pipeline = ZImagePipeline.from_pretrained(workplace / "outputs/z-image-6b/dmdr/pipeline")
     defaults = pipeline.defaults
     assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.shift) == (1, 1.0, 3.0)
 
 
-def test_a_small_twin_learns_from_rewards(workplace: Path) -> None:
-    assert run(workplace, "grpo") == 0
-    check_finished(workplace, "grpo")
+def test_a_small_twin_learns_from_rewards(process: Ranks, workplace: Path) -> None:
+    check_run(process, workplace, "grpo")
     lines = (workplace / "outputs/z-image-6b/grpo/rewards/rank-0.jsonl").read_text().splitlines()
     assert len(lines) == 2 * 2 * 3  # iterations, prompts, pictures of each
 
 
-def test_a_lora_is_handed_out_for_others_tools(workplace: Path) -> None:
-    assert run(workplace, "lora") == 0  # or is finished already
+def test_a_lora_is_handed_out_for_others_tools(process: Ranks, workplace: Path) -> None:
+    check_run(process, workplace, "lora")  # or is finished already
     files = {path.name for path in (workplace / "outputs/z-image-6b/lora/lora").glob("*.safetensors")}
     assert files == {"diffusers.safetensors", "comfyui.safetensors"}
 
 
 def test_a_stage_without_the_one_before_it_says_which_file_is_missing(
-    workplace: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    process: Ranks, workplace: Path, tmp_path: Path
 ) -> None:
     for part in ("models", "data"):
         shutil.copytree(workplace / part, tmp_path / part)
-    assert run(tmp_path, "sft") not in (0, None)
-    assert "outputs/z-image-6b/omni/checkpoints/last.ckpt" in capfd.readouterr().err
+    code, errors = run(process, tmp_path, "sft")
+    assert code != 0 and "outputs/z-image-6b/omni/checkpoints/last.ckpt" in errors

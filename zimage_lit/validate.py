@@ -125,7 +125,7 @@ def check_names(key: str, values: dict[str, Any], known: Iterable[str], owner: s
 
 def check_type(key: str, value: Any, hint: Any) -> None:
     """One value against one type hint, by jsonargparse's rules, except that null is not a value of every type."""
-    if hint is Any:
+    if hint is Any or type(value) in members(hint):  # a plain value needs no parser
         return
     matches = value is not None or is_none_allowed(hint)
     if matches and value is not None:
