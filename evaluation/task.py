@@ -346,7 +346,8 @@ def report(asked: EvaluateSettings, results: Sequence[Path]) -> None:
             write_report(results, Path(asked.output))
         if asked.experiment_name is None:
             return
-        rank_zero_only.rank = 0  # loggers are silent on torchrun's other ranks, and any may be the last to be done
+        # loggers are silent on torchrun's other ranks, and any may be the last to be done
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
         name = model_name(asked)
         own = Path(asked.output) / "mlflow" / re.sub(r"[^\w.-]", "_", name)
         logger = ResilientMLFlowLogger(asked.experiment_name, str(own), name, asked.tracking_uri)
