@@ -9,13 +9,12 @@ from typing import Any
 from data_modules.folder_lock import differences
 from evaluation.benchmark_pass import BenchmarkPass
 from evaluation.benchmarks.protocol import PlannedImage
-from evaluation.progress import progress_over
 from evaluation.shards import Shard, locked
-from zimage_lit.components import Qwen3TextEncoder
 from zimage_lit.errors import UserError
 from zimage_lit.files import read_json, write_atomically
 from zimage_lit.lora import base_fingerprint
 from zimage_lit.pipeline import ZImagePipeline, save_picture
+from zimage_lit.progress import progress_over
 
 MANIFEST = "manifest.json"
 
@@ -51,14 +50,6 @@ def note_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             )
         else:
             write_atomically(note, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-
-
-def check_lengths(pipeline: ZImagePipeline, work: BenchmarkPass, call: Mapping[str, Any]) -> None:
-    """UserError for the first prompt that is too long, before an hour of sampling; no network runs for that."""
-    encoder = pipeline.text_encoder
-    if isinstance(encoder, Qwen3TextEncoder):  # no other has a limit
-        encoder.tokenize([call["negative_prompt"]] if call["guidance_scale"] != 1.0 else [])
-        encoder.tokenize([prompt["prompt"] for prompt in work.prompts])
 
 
 def draw(pipeline: ZImagePipeline, work: BenchmarkPass, call: Mapping[str, Any], checkpoint: str, shard: Shard) -> None:

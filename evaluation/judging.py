@@ -12,11 +12,11 @@ from evaluation.benchmarks.protocol import Judged
 from evaluation.judges.contract import ROLES, Asked, Judge, JudgeRecord
 from evaluation.ledger import Ledger
 from evaluation.pictures import picture_hash
-from evaluation.progress import progress_over
 from evaluation.shards import Shard
 from evaluation.suite import BenchmarkModule
 from zimage_lit.config import did_you_mean, one_line
 from zimage_lit.errors import UserError, root_of
+from zimage_lit.progress import progress_over
 
 DEFAULT_JUDGES = {
     "detector": "evaluation.judges.detector.Mask2FormerDetector",

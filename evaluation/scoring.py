@@ -22,11 +22,11 @@ from evaluation.benchmarks.tally import Mode
 from evaluation.judges.contract import JudgeRecord
 from evaluation.judges.weights import library_versions
 from evaluation.ledger import Ledger
-from evaluation.progress import progress_over
 from evaluation.shards import Shard, locked
 from zimage_lit import __version__
 from zimage_lit.errors import UserError
 from zimage_lit.files import write_atomically
+from zimage_lit.progress import progress_over
 
 RESULT, PROMPTS = "result.json", "prompts.jsonl"
 LIBRARIES = ("pillow", "torch", "torchmetrics")  # that scores and pictures go through; judges name their own

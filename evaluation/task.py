@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from evaluation.benchmark_pass import BenchmarkPass
-from evaluation.drawing import check_lengths, draw, drawing_settings, note_settings
+from evaluation.drawing import draw, drawing_settings, note_settings
 from evaluation.judges.contract import Judge, JudgeRecord
 from evaluation.judging import ask, build_judges, look, record_of
 from evaluation.pictures import PictureFolder
@@ -35,7 +35,7 @@ from evaluation.suite import WITHOUT_FILES, Part, parts_of
 from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.files import read_json
-from zimage_lit.pipeline import ZImagePipeline, load_pipeline, sampling_arguments
+from zimage_lit.pipeline import ZImagePipeline, check_lengths, load_pipeline, sampling_arguments
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def draw_all(
     calls = {work.part: sampling_arguments(replace(asked, size=work.size), pipeline) for work in sized}
     made = {}
     for work in sized:  # what cannot be done shows before an hour of drawing
-        check_lengths(pipeline, work, calls[work.part])
+        check_lengths(pipeline, calls[work.part], [prompt["prompt"] for prompt in work.prompts])
         seed = work.part.module.SEED if work.seed is None else work.seed
         settings = drawing_settings(pipeline, calls[work.part], seed)
         note_settings(work.pictures.folder, settings)

@@ -20,8 +20,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from zimage_lit.cli import TASKS
-from zimage_lit.config import as_typed, compose, did_you_mean, flatten, list_experiments, parse_value
+from zimage_lit.config import as_typed, compose, did_you_mean, experiment_files, flatten, parse_value
 from zimage_lit.errors import UserError
+from zimage_lit.validate import as_mapping
 
 KEYS = ("description", "run", "seed_everything", "stages", "score", "experiment_name", "tracking_uri")
 STAGE_KEYS = ("run", "set", "note")
@@ -97,8 +98,8 @@ def read_graph(name: str, overrides: Sequence[str] = ()) -> Graph:
     check_keys(name, config, KEYS)
     folder = Path(config["run"]["output_dir"])
     stages: list[Stage] = []
-    for stage_name, values in mapping(f"{name}: stages", config["stages"]).items():
-        stages.append(read_stage(stage_name, mapping(f"stages.{stage_name}", values), folder, config, stages))
+    for stage_name, values in as_mapping(f"{name}: stages", config["stages"]).items():
+        stages.append(read_stage(stage_name, as_mapping(f"stages.{stage_name}", values), folder, config, stages))
     if not stages:
         raise UserError(f"{name} has no stages: name at least one.")
     given = {key: config[key] for key in ("score", "experiment_name", "tracking_uri") if key in config}
@@ -110,10 +111,11 @@ def read_stage(
 ) -> Stage:
     """One entry of `stages:`; the graph's seed is that of an experiment, where the stage does not say another."""
     check_keys(f"stages.{name}", values, STAGE_KEYS)
-    runs, known = values.get("run"), {**list_experiments(), **TASKS}
+    runs, known = values.get("run"), [*experiment_files(), *TASKS]
     if runs not in known:
         raise UserError(f"stages.{name}.run is {runs!r}, no experiment or task{did_you_mean(str(runs), known)}")
-    settings = flatten(mapping(f"stages.{name}.set", values.get("set") or {})) if values.get("set") else {}
+    given = as_mapping(f"stages.{name}.set", values.get("set") or {})
+    settings = flatten(given) if given else {}
     if runs not in TASKS:
         settings = {"seed_everything": config["seed_everything"], **settings}
     inputs = [other for other in config["stages"] if other != name and named_in(settings, folder / other)]
@@ -154,12 +156,6 @@ def named_in(value: Any, folder: Path) -> bool:
     if isinstance(value, list):
         return any(named_in(part, folder) for part in value)
     return isinstance(value, str) and (Path(value) == folder or folder in Path(value).parents)
-
-
-def mapping(key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{key} must be a mapping, not {value!r}.")
-    return value
 
 
 def check_keys(place: str, values: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from zimage_lit.config import compose, settings_from
 from zimage_lit.errors import UserError
 from zimage_lit.files import read_json, write_atomically
 from zimage_lit.graph import Graph, Stage, fingerprints, read_graph, typed
+from zimage_lit.run_folder import set_aside
 from zimage_lit.tracking import RUN_FILE, TAGS_VARIABLE, ResilientMLFlowLogger
 
 STATE = "graph.json"
@@ -59,8 +60,7 @@ class State:
         return cls(path, read_json(path, way_out)["stages"] if path.is_file() else {})
 
     def is_finished(self, stage: Stage, fingerprint: str) -> bool:
-        known = self.stages.get(stage.name, {})
-        return known.get("fingerprint") == fingerprint and known.get("status") == "finished"
+        return self.is_begun(stage, fingerprint) and self.stages[stage.name]["status"] == "finished"
 
     def is_begun(self, stage: Stage, fingerprint: str) -> bool:
         return self.stages.get(stage.name, {}).get("fingerprint") == fingerprint
@@ -69,11 +69,14 @@ class State:
         """Seconds are added to those of earlier sessions with the same fingerprint."""
         before = self.stages[stage.name]["seconds"] if self.is_begun(stage, fingerprint) else 0.0
         self.stages[stage.name] = {"fingerprint": fingerprint, "status": status, "seconds": before + seconds}
-        write_atomically(self.path, json.dumps({"stages": self.stages}, indent=1) + "\n")
+        self.write()
 
     def forget(self, stages: Sequence[Stage]) -> None:
         for stage in stages:
             self.stages.pop(stage.name, None)
+        self.write()
+
+    def write(self) -> None:
         write_atomically(self.path, json.dumps({"stages": self.stages}, indent=1) + "\n")
 
 
@@ -128,7 +131,8 @@ def run_missing(
 def run_stage(stage: Stage, graph: Graph, fingerprint: str, state: State, logger: ResilientMLFlowLogger) -> int:
     """The stage, then its scores where it hands on a pipeline."""
     if not state.is_begun(stage, fingerprint):
-        set_aside(stage.folder)
+        if stage.folder.exists():
+            print(f"what {stage.folder} held is now in {set_aside(stage.folder)}")
         state.note(stage, fingerprint, "running", 0.0)
     commands = [stage.words]
     if graph.score is not None and stage.makes_a_pipeline:
@@ -182,17 +186,6 @@ def passing_on_signals(process: "subprocess.Popen[bytes]") -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def set_aside(folder: Path) -> None:
-    """Rename an earlier stage's folder to the first free `<folder>.N`."""
-    if not folder.exists():
-        return
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    print(f"what {folder} held is now in {aside}")
 
 
 # ------------------------------------------------------------------------------------------------------------ checks

@@ -625,6 +625,17 @@ def sampling_arguments(asked: Any, pipeline: ZImagePipeline) -> dict[str, Any]:
     return chosen | {"negative_prompt": asked.negative_prompt}
 
 
+def check_lengths(pipeline: ZImagePipeline, call: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    """UserError for the first text that is too long, before an hour of sampling; no network runs for that.
+
+    call: arguments of the pipeline's call, as `sampling_arguments` gives them.
+    """
+    encoder = pipeline.text_encoder
+    if isinstance(encoder, Qwen3TextEncoder):  # no other has a limit
+        encoder.tokenize([call["negative_prompt"]] if call["guidance_scale"] != 1.0 else [])
+        encoder.tokenize(prompts)
+
+
 def _earlier_pictures(output: Path, overwrite: bool) -> list[Path]:
     """The pictures of an earlier call that this one replaces; UserError where the folder is not free for it."""
     file = next((place for place in (output, *output.parents) if place.exists() and not place.is_dir()), None)

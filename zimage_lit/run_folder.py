@@ -96,11 +96,16 @@ def move_aside(output_dir: Path) -> str:
     """Rename the folder of an earlier run to the first free `<output_dir>.N`; a folder that is no run stays."""
     if not (output_dir / "run.json").is_file():
         return ""
+    return f"the earlier run in {output_dir} is now in {set_aside(output_dir)}"
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder to the first free `<folder>.N`, and return that."""
     number = 1
-    while (aside := output_dir.with_name(f"{output_dir.name}.{number}")).exists():
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
-    output_dir.rename(aside)
-    return f"the earlier run in {output_dir} is now in {aside}"
+    folder.rename(aside)
+    return aside
 
 
 # ---------------------------------------------------------------------------------------------------- the two files

@@ -3,6 +3,7 @@ benchmark asks a vision-language model to read.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +134,11 @@ class OCRAsVLM:
 
     def record(self) -> JudgeRecord:
         known = self.reader.record()
-        return JudgeRecord(
+        return replace(
+            known,
             judge=type(self).__name__,
-            model=known.model,
-            revision=known.revision,
             differs="An OCR reader answers in place of the vision-language model Qwen2.5-VL-7B-Instruct.",
             settings={"reader": known.judge, **known.settings},
-            versions=known.versions,
         )
 
     def judge(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:

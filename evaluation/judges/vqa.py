@@ -4,6 +4,7 @@ vision-language model asked for yes or no.
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,13 +182,11 @@ class VLMAsVQA:
 
     def record(self) -> JudgeRecord:
         known = self.vlm.record()
-        return JudgeRecord(
+        return replace(
+            known,
             judge=type(self).__name__,
-            model=known.model,
-            revision=known.revision,
             differs="A vision-language model answers in place of mPLUG-large.",
             settings={"vlm": known.judge, "question": YES_OR_NO, **known.settings},
-            versions=known.versions,
         )
 
     def judge(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:

@@ -15,9 +15,7 @@ output/review.html          the page for a person's eye, see review_page.py
 import json
 import math
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
@@ -26,11 +24,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from data_modules.folder_lock import begin_or_go_on, is_prepared
-from zimage_lit.components import Qwen3TextEncoder
 from zimage_lit.config import did_you_mean, one_line, settings_from
 from zimage_lit.errors import UserError, at_least_one, root_of
 from zimage_lit.files import write_atomically
@@ -52,7 +48,8 @@ from zimage_lit.pairs.preference_set import (
 )
 from zimage_lit.pairs.prompts import Prompt, read_prompts
 from zimage_lit.pairs.selection import DECIMALS, PairRules, Sample, Scores, Selection, select_pairs
-from zimage_lit.pipeline import ZImagePipeline, load_pipeline, sampling_arguments
+from zimage_lit.pipeline import ZImagePipeline, check_lengths, load_pipeline, sampling_arguments
+from zimage_lit.progress import progress_over
 from zimage_lit.rewards import RewardCallback, RewardSet
 from zimage_lit.rewards.contract import check_names
 from zimage_lit.rewards.pictures import as_pil, picture_hash
@@ -163,7 +160,8 @@ def make_pairs(asked: PairsSettings) -> None:
     if is_prepared(output, settings, FOLDER_KEY) and is_assembled(output, assembly):
         Console().print(f"{output} is made already", highlight=False, soft_wrap=True)
         return
-    check_lengths(work)
+    texts = [prompt.text for _, prompts in work.missing for prompt in prompts]
+    check_lengths(work.pipeline, work.call, texts)
     with writing(output):
         # the one that was waited for may have done it
         if not (is_prepared(output, settings, FOLDER_KEY) and is_assembled(output, assembly)):
@@ -248,15 +246,6 @@ def judged_prompts(prompts: Sequence[Prompt], rewards: Sequence[RewardCallback],
     return useful
 
 
-def check_lengths(work: Work) -> None:
-    """UserError for the first text that is too long, before an hour of sampling; its network need not run for that."""
-    encoder = work.pipeline.text_encoder
-    if isinstance(encoder, Qwen3TextEncoder):  # no other has a limit
-        guided = work.call["guidance_scale"] != 1.0
-        encoder.tokenize([work.call["negative_prompt"]] if guided else [])
-        encoder.tokenize([prompt.text for _, prompts in work.missing for prompt in prompts])
-
-
 def drawing_settings(
     asked: PairsSettings,
     pipeline: ZImagePipeline,
@@ -298,30 +287,13 @@ def draw_parts(work: Work) -> None:
     """Draw and judge what is missing, under a bar over all pictures."""
     for leftover in (Path(work.asked.output) / WORK).glob(f"{UNFINISHED}*"):
         shutil.rmtree(leftover)
-    with picture_progress(work) as drawn:
+    each = work.asked.samples_per_prompt
+    total = each * sum(len(prompts) for _, prompts in work.parts)
+    missing = each * sum(len(prompts) for _, prompts in work.missing)
+    with progress_over("Drawing pairs", total, total - missing) as drawn:
         for folder, prompts in work.missing:
             pictures = draw(work, prompts, drawn)
             write_part(folder, work, prompts, pictures, judge(work.rewards, prompts, pictures))
-
-
-@contextmanager
-def picture_progress(work: Work) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left; what it gives is called with the number of pictures just drawn. What was drawn
-    earlier counts for the bar and not for the rate."""
-    each = work.asked.samples_per_prompt
-    total = each * sum(len(prompts) for _, prompts in work.parts)
-    earlier = total - each * sum(len(prompts) for _, prompts in work.missing)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}/s")
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        bar = progress.add_task("Drawing pairs", total=total, completed=earlier, rate="0.0")
-        start = time.monotonic()
-
-        def drawn(number: int) -> None:
-            done = progress.tasks[bar].completed + number
-            rate = (done - earlier) / max(time.monotonic() - start, 1e-9)
-            progress.update(bar, completed=done, rate=f"{rate:,.1f}")
-
-        yield drawn
 
 
 def draw(work: Work, prompts: Sequence[Prompt], drawn: Callable[[int], None]) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from evaluation.benchmarks.text import edit_distance
 from zimage_lit.components.text_reader import TextReader
 from zimage_lit.rewards.contract import Metadata, RewardCallback
 from zimage_lit.rewards.pictures import as_pil
@@ -102,13 +103,3 @@ def plain(text: str, ignore_case: bool) -> str:
     """Without spaces, and in one case where case does not matter."""
     text = "".join(text.split())
     return text.casefold() if ignore_case else text
-
-
-def edit_distance(one: str, other: str) -> int:
-    """Levenshtein: the fewest insertions, deletions and replacements of a character from one text to the other."""
-    row = list(range(len(other) + 1))
-    for i, letter in enumerate(one, start=1):
-        above, row[0] = row[0], i
-        for j, own in enumerate(other, start=1):
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (letter != own))
-    return row[-1]

@@ -1,4 +1,4 @@
-"""The bar of a step of an evaluation."""
+"""A bar with rate and time left, for work that may have been begun earlier."""
 
 import time
 from collections.abc import Callable, Iterator
