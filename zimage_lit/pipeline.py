@@ -633,7 +633,7 @@ def check_lengths(pipeline: ZImagePipeline, call: Mapping[str, Any], prompts: Se
     encoder = pipeline.text_encoder
     if isinstance(encoder, Qwen3TextEncoder):  # no other has a limit
         encoder.tokenize([call["negative_prompt"]] if call["guidance_scale"] != 1.0 else [])
-        encoder.tokenize(prompts)
+        encoder.tokenize(list(prompts))
 
 
 def _earlier_pictures(output: Path, overwrite: bool) -> list[Path]:
