@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from zimage_lit.pipeline import ZImagePipeline, save_picture
 from zimage_lit.progress import progress_over
 
 MANIFEST = "manifest.json"
+TIMES = "times.jsonl"  # beside it: of each batch how many pictures, seconds, and forwards of the network for a picture
 
 
 def drawing_settings(pipeline: ZImagePipeline, call: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -66,17 +68,41 @@ def draw(pipeline: ZImagePipeline, work: BenchmarkPass, call: Mapping[str, Any],
             wanted = [image for image in batch if not (folder / image.file).is_file()]
             if not wanted:
                 continue
-            pictures = pipeline(
+            began = time.monotonic()
+            pictures, evaluations = counted(
+                pipeline,
                 [image.prompt for image in batch],
                 seed=[image.seed for image in batch],
                 draw=[image.draw for image in batch],
                 **call,
             )
+            note_time(folder, len(batch), time.monotonic() - began, evaluations / len(batch))
             for image, picture in zip(batch, pictures, strict=True):
                 if image in wanted:
                     made = {"prompt": image.prompt, "seed": image.seed, "draw": image.draw, **call}
                     _write(picture, folder / image.file, {**made, "checkpoint": checkpoint})
             done(len(wanted))
+
+
+def counted(pipeline: ZImagePipeline, prompts: list[str], **call: Any) -> tuple[list[Any], int]:
+    """The pictures of a call, and how many samples went through the network for them all."""
+    asked = 0
+
+    def count(_: Any, arguments: Sequence[Any]) -> None:
+        nonlocal asked
+        asked += len(arguments[0])
+
+    hook = pipeline.backbone.register_forward_pre_hook(count)
+    try:
+        return pipeline(prompts, **call), asked
+    finally:
+        hook.remove()
+
+
+def note_time(folder: Path, pictures: int, seconds: float, evaluations: float) -> None:
+    line = {"pictures": pictures, "seconds": round(seconds, 4), "evaluations": evaluations}
+    with (folder / TIMES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _batches(work: BenchmarkPass, shard: Shard) -> Iterator[Sequence[PlannedImage]]:

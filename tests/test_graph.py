@@ -87,7 +87,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, ends: list[str]) -> list[list[str]]:
         return 0
 
     monkeypatch.setattr(graph_run, "run_command", run)
-    logger = SimpleNamespace(run_id="1", tracking_uri="sqlite:///no.db", finalize=ends.append)
+    logger = SimpleNamespace(run_id="1", tracking_uri="sqlite:///no.db", finalize=ends.append, log_text=lambda *_: None)
     monkeypatch.setattr(graph_run, "parent_run", lambda graph: logger)
     return commands
 
@@ -189,6 +189,25 @@ def test_a_dry_run_tells_and_runs_nothing(life, asked, capsys, monkeypatch):
     assert "left, right" in rows["both"] and "merge" in rows["both"]
     run("life", "--dry-run", "stages.base.set.trainer.max_steps=4")
     assert "changed: to run anew" in capsys.readouterr().out
+
+
+def test_what_a_stage_lifts_is_compared_with_what_it_begins_from(life):
+    given = ["stages.left.lifts=word", "stages.both.lifts=[overall, word]"]
+    stages = {stage.name: stage for stage in read_graph("life", given).stages}
+    assert stages["left"].lifts == ("word",) and stages["left"].against == ("base",)
+    assert stages["both"].against == ("left", "right") and stages["right"].against == ()
+    asked = read_graph("life", [*given, "stages.both.against=base"]).stage("both")
+    assert asked.lifts == ("overall", "word") and asked.against == ("base",)
+    assert fingerprints(read_graph("life", given)) == fingerprints(read_graph("life"))
+
+
+def test_the_report_is_written_after_every_stage(life, asked, monkeypatch):
+    pages = []
+    monkeypatch.setattr(graph_run, "report", lambda graph, state, logger, place: pages.append(dict(state.stages)))
+    run("life")
+    assert [len(page) for page in pages] == [1, 2, 3, 4]
+    run("life", "--from", "both")
+    assert len(pages) == 5
 
 
 def test_pipelines_are_scored_alike(life):
@@ -298,6 +317,9 @@ def test_fingerprints_tell_settings_and_origins_apart(life):
         (["stages.base.set.data.init_args.folder=${stage:lef}"], r"there is no stage lef \(did you mean 'left'\?\)"),
         (["stages.left.set.trainer.max_step=1"], r"stages.left \(toy\): .*max_step"),
         (["stages.both.set.weight=[1]"], r"stages.both \(merge\): .*weight"),
+        (["stages.left.against=right"], r"stages.left.against names 'right', which is no stage before it"),
+        (["stages.left.against=base"], r"stages.left.against compares what `lifts` names"),
+        (["stages.left.lifts=3"], r"stages.left.lifts must be a name or a list of names, not 3"),
         (["--only", "lft"], r"life has no stage 'lft' \(did you mean 'left'\?\)"),
         (["--from"], "--from takes the name of a stage"),
     ],
@@ -309,12 +331,13 @@ def test_what_is_wrong_is_said_before_anything_is_run(life, asked, capsys, chang
 
 
 def test_the_graph_of_the_guide_is_one(life, asked):
-    page = (REPOSITORY / "docs/training.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs/lifecycle.md").read_text(encoding="utf-8")
     (graph,) = re.findall(r"```yaml\n# experiments/life.yaml\n(.*?)```", page, flags=re.DOTALL)
     (life / "experiments/life.yaml").write_text(graph)
     assert run("life") == 0
-    assert names(asked) == ["low-res", "omni", "sft"]
-    assert read_graph("life").stage("sft").begins_from == ("omni",)
+    assert names(asked) == ["low-res", "evaluation", "omni", "evaluation", "sft", "evaluation"]
+    sft = read_graph("life").stage("sft")
+    assert (sft.begins_from, sft.lifts, sft.against) == (("omni",), ("counting", "position"), ("omni",))
 
 
 def test_a_graph_is_started_once(life, asked, monkeypatch, capsys):

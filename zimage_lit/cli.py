@@ -52,6 +52,9 @@ class Task:
 
 TASKS = {
     "prepare": Task("raw data to a prepared data set", "data_modules.preparation:prepare_task", "PrepareSettings"),
+    "data": Task(
+        "an experiment's data, before it is trained", "data_modules.experiment_data:data_task", "DataSettings"
+    ),
     "encode": Task("latents and features, worked out once", "data_modules.encoding:encode_task", "EncodeSettings"),
     "verify": Task("a prepared data set against its hashes", "data_modules.verification:verify_task", "VerifySettings"),
     "export": Task("a run's weights as files for other programs", "zimage_lit.export:export_task", "ExportSettings"),

@@ -25,7 +25,8 @@ from zimage_lit.errors import UserError
 from zimage_lit.validate import as_mapping
 
 KEYS = ("description", "run", "seed_everything", "stages", "score", "experiment_name", "tracking_uri")
-STAGE_KEYS = ("run", "set", "note")
+STAGE_KEYS = ("run", "set", "lifts", "against", "note")
+SCORES = "evaluation"  # in a stage's folder: what `score` says of it
 MAKES_A_PIPELINE = ("merge",)  # of the tasks; every experiment does
 # Settings of an experiment that say how a run is watched, not what it makes.
 WATCHING = ("description", "run.*", "trainer.logger*", "trainer.enable_progress_bar", "trainer.log_every_n_steps")
@@ -41,6 +42,8 @@ class Stage:
     folder: Path
     note: str = ""  # for people: why it stands where it stands
     begins_from: tuple[str, ...] = ()  # the stages whose folders its settings name
+    lifts: tuple[str, ...] = ()  # what it is for: `overall`, or groups of the benchmark that judges it; their mean
+    against: tuple[str, ...] = ()  # the stages whose scores these are compared with
 
     @property
     def makes_a_pipeline(self) -> bool:
@@ -122,7 +125,23 @@ def read_stage(
     late = [other for other in inputs if other not in [stage.name for stage in before]]
     if late:
         raise UserError(f"stages.{name} begins from {late[0]}, which comes after it: change their order.")
-    return Stage(name, runs, settings, folder / name, values.get("note") or "", tuple(inputs))
+    lifts, against = (names_in(f"stages.{name}.{key}", values.get(key)) for key in ("lifts", "against"))
+    for other in against:
+        if other not in [stage.name for stage in before]:
+            raise UserError(f"stages.{name}.against names {other!r}, which is no stage before it.")
+    if against and not lifts:
+        raise UserError(f"stages.{name}.against compares what `lifts` names: give that too.")
+    makes_one = [stage.name for stage in before if stage.name in inputs and stage.makes_a_pipeline]
+    compared = against or tuple(makes_one if lifts else ())
+    return Stage(name, runs, settings, folder / name, values.get("note") or "", tuple(inputs), lifts, compared)
+
+
+def names_in(key: str, value: Any) -> tuple[str, ...]:
+    """A name or a list of names."""
+    names = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{key} must be a name or a list of names, not {value!r}.")
+    return tuple(names)
 
 
 def handed_on(name: str, *, _root_: Any) -> str:
@@ -133,7 +152,7 @@ def handed_on(name: str, *, _root_: Any) -> str:
     return str(Stage(name, stages[name].get("run"), {}, Path(_root_.run.output_dir) / name).product)
 
 
-OmegaConf.register_new_resolver("stage", handed_on, replace=True)
+OmegaConf.register_resolver("stage", handed_on, replace=True)
 
 
 def fingerprints(graph: Graph) -> dict[str, str]:
@@ -144,6 +163,8 @@ def fingerprints(graph: Graph) -> dict[str, str]:
         if stage.runs not in TASKS:
             composed = flatten(compose(stage.runs, stage.words[1:]))
             settings = {k: v for k, v in composed.items() if not any(fnmatch(k, pattern) for pattern in WATCHING)}
+        if stage.runs == "data":
+            settings = {name: compose(name)["data"] for name in stage.settings["experiments"]}
         made_of = [stage.runs, settings, [found[name] for name in stage.begins_from]]
         found[stage.name] = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     return found

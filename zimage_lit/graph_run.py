@@ -27,12 +27,11 @@ from zimage_lit.cli import TASKS
 from zimage_lit.config import compose, settings_from
 from zimage_lit.errors import UserError
 from zimage_lit.files import read_json, write_atomically
-from zimage_lit.graph import Graph, Stage, fingerprints, read_graph, typed
+from zimage_lit.graph import SCORES, Graph, Stage, fingerprints, read_graph, typed
 from zimage_lit.run_folder import set_aside
 from zimage_lit.tracking import RUN_FILE, TAGS_VARIABLE, ResilientMLFlowLogger
 
-STATE = "graph.json"
-SCORES = "evaluation"  # in a stage's folder
+STATE, REPORT = "graph.json", "report.html"
 PARENT_DEATH = 1  # Linux's PR_SET_PDEATHSIG
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: little may be done between fork and exec
 
@@ -125,7 +124,27 @@ def run_missing(
                 file=sys.stderr,
             )
             return code
+        report(graph, state, logger, number - 1)
     return 0
+
+
+def report(graph: Graph, state: State, logger: ResilientMLFlowLogger, place: int) -> None:
+    """report.html as it is now; the scores and pictures of the stage at `place`, just finished, for the graph's run."""
+    from zimage_lit.graph_report import page, rows_of, stage_grid
+
+    rows = rows_of(graph, state.stages)
+    told = page(graph, rows)
+    write_atomically(graph.folder / REPORT, told)
+    logger.log_text(told, REPORT)
+    row = rows[place]
+    figures = {f"stages/{name}": score for name, (score, _, _) in row.scores().items()}
+    if row.cost:
+        figures |= {"stages/evaluations": row.cost.evaluations, "stages/seconds_a_picture": row.cost.seconds}
+    if figures:
+        logger.log_metrics(figures, place)
+    first = next((other for other in rows if other.result), None)
+    if first and (grid := stage_grid(row, first)):
+        logger.log_image("samples/stages", grid, place)
 
 
 def run_stage(stage: Stage, graph: Graph, fingerprint: str, state: State, logger: ResilientMLFlowLogger) -> int:

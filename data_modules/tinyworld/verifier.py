@@ -10,11 +10,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 from data_modules.tinyworld.combinations import CLASSES, COLORS, Metadata
 from data_modules.tinyworld.glyphs import BLOCK, GLYPHS, LETTER_HEIGHT, LETTER_WIDTH, PITCH, glyph_mask
-from data_modules.tinyworld.world import COLOR_VALUES, INK, OBJECT_SIZE, shape_mask
+from data_modules.tinyworld.world import COLOR_VALUES, INK, MIN_SIZE, OBJECT_SIZE, shape_mask
 
 MIN_AREA = 35  # pixels; the smallest shape covers twice as much, so less is a smudge
 WINDOW = 28  # pixels, side of the square in which an object is compared with the shapes
@@ -76,11 +77,20 @@ def judge(image: np.ndarray, metadata: Metadata) -> dict[str, Any]:
     words.
 
     Give the first kind to `evaluation.benchmarks.geneval.score`; words are no part of GenEval and are counted apart.
+    A picture smaller than any that the world draws is one at half its resolution, and is enlarged before.
     """
+    if max(image.shape[:2]) < MIN_SIZE:
+        image = _enlarged(image)
     if metadata["tag"] == "word":
         read = read_word(image)
         return {"metadata": metadata, "read": read, "correct": read == metadata["text"]}
     return {"metadata": metadata, "detections": detect(image)}
+
+
+def _enlarged(image: np.ndarray) -> np.ndarray:
+    """Twice as wide and high, bicubic."""
+    height, width = image.shape[:2]
+    return np.asarray(Image.fromarray(image).resize((2 * width, 2 * height), Image.Resampling.BICUBIC))
 
 
 def _checked(image: np.ndarray) -> np.ndarray:

@@ -98,6 +98,21 @@ def test_real_pictures_of_any_size_are_judged_right(sized_samples):
     assert np.mean(list(rates.values())) >= 0.995, rates
 
 
+def test_pictures_at_half_the_resolution_are_judged_right(samples):
+    small = [
+        draw(i, 11, split, task, downscale=2)
+        for task in TASKS
+        for split in ("train", "heldout")
+        for i in range(PER_TASK)
+    ]
+    assert {one.image.shape for one in small} == {(32, 32, 3)}
+    assert [one.metadata for one in small] == [one.metadata for one in samples]
+    rates = accept_rates(small, [one.image for one in small])
+    assert np.mean(list(rates.values())) >= 0.995, rates
+    wrong = accept_rates(small, [one.image for one in small[1:]] + [small[0].image])  # the next one's picture
+    assert np.mean(list(wrong.values())) < 0.4, wrong
+
+
 def test_a_contradicting_caption_is_refused_at_any_size(sized_samples):
     accepted = asked = 0
     for sample in sized_samples:

@@ -560,6 +560,20 @@ def test_pictures_come_from_the_plans_seeds_and_draws(model: Path, data: Path, t
     assert result["model"] == model.parent.name and result["pictures"]["sizes"] == {"32x32": 24}
 
 
+def test_what_pictures_cost_is_noted(model: Path, tmp_path: Path) -> None:
+    settings = drawing_for(model, tmp_path / "out", batch_size=4, num_inference_steps=3, guidance_scale=2.0)
+    evaluate_task(settings)
+    times = tmp_path / "out/tinyworld-en/images/times.jsonl"
+    lines = [json.loads(line) for line in times.read_text().splitlines()]
+    assert [line["pictures"] for line in lines] == [4, 3] and all(line["seconds"] > 0 for line in lines)
+    assert {line["evaluations"] for line in lines} == {6.0}  # with the prompt and without, at each step
+    evaluate_task(settings)  # nothing is drawn
+    assert len(times.read_text().splitlines()) == 2
+    evaluate_task({**settings, "output": str(tmp_path / "plain"), "guidance_scale": 1.0})
+    plain = (tmp_path / "plain/tinyworld-en/images/times.jsonl").read_text().splitlines()
+    assert {json.loads(line)["evaluations"] for line in plain} == {3.0}
+
+
 def test_other_settings_do_not_mix_with_pictures_that_are_there(model: Path, tmp_path: Path) -> None:
     evaluate_task(drawing_for(model, tmp_path / "out"))
     with pytest.raises(UserError, match=r"pictures drawn with num_inference_steps=2 \(now num_inference_steps=3\)"):

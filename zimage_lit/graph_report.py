@@ -1,0 +1,258 @@
+"""The report of a graph: a row for each stage, with the same prompts drawn, its scores, and what it has changed.
+
+Everything is read from the stages' folders and their MLflow runs, so the page can be written at any time: a stage
+that is not finished has a row without figures.
+"""
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.figure import Figure
+from PIL import Image
+
+from evaluation.drawing import TIMES
+from evaluation.report.difference import Difference, common, paired_difference, pairs_of
+from evaluation.report.results import Result, read_result
+from zimage_lit.files import read_json
+from zimage_lit.graph import SCORES, Graph, Stage
+from zimage_lit.grids import labelled_grid
+from zimage_lit.pages import data_uri, document, reduced
+from zimage_lit.tables import STYLE as TABLE_STYLE
+from zimage_lit.tables import html_table, with_interval
+from zimage_lit.tracking import RUN_FILE
+
+matplotlib.use("Agg")
+CELL = 96  # pixels of a picture in a row
+MOST_PROMPTS = 10  # pictures in a row, of as many groups of the benchmark
+OVERALL = "overall"
+STYLE = """
+.pictures td,.pictures th{white-space:normal;font-weight:400;font-size:13px;text-align:left;padding:.2rem .3rem}
+.pictures td:first-child{min-width:11rem}
+.pictures img{width:88px;max-width:none}.pictures img.small{image-rendering:pixelated}"""
+# The curve that says most about a training: the first of these that its run has logged.
+CURVES = ("reward/", "val/implicit_accuracy", "train/loss")
+
+
+class Cost(NamedTuple):
+    """What a picture costs, in the mean of those that were drawn."""
+
+    evaluations: float  # samples that went through the network for it
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage as the report tells it."""
+
+    stage: Stage
+    seconds: float | None  # of work so far; None: it has not begun
+    finished: bool
+    result: Result | None  # of the benchmark that judges it
+    cost: Cost | None
+    changes: Mapping[str, Difference]  # by the stage that it is compared with
+
+    def scores(self) -> dict[str, tuple[float, float | None, float | None]]:
+        """(score, low, high) of the benchmark as a whole and of its groups."""
+        if self.result is None:
+            return {}
+        scores = self.result.result["scores"]["official"]
+        groups = {name: (one["score"], one["ci_low"], one["ci_high"]) for name, one in scores["scores"].items()}
+        return {OVERALL: (scores[OVERALL], scores["ci_low"], scores["ci_high"]), **groups}
+
+
+def rows_of(graph: Graph, state: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """state: of the stages that were begun, as graph.json has it."""
+    results: dict[str, Result | None] = {}
+    rows = []
+    for stage in graph.stages:
+        known = state.get(stage.name)
+        finished = known is not None and known["status"] == "finished"
+        result = results[stage.name] = result_of(stage) if finished else None
+        compared = {name: results[name] for name in stage.against} if result else {}
+        changes = {name: change(stage.lifts, other, result) for name, other in compared.items() if other and result}
+        seconds = None if known is None else known["seconds"]
+        cost = cost_of(result.folder) if result else None
+        rows.append(Row(stage, seconds, finished, result, cost, changes))
+    return rows
+
+
+def result_of(stage: Stage) -> Result | None:
+    """What the benchmark said of the stage's model; the first one's result, where there were several benchmarks."""
+    folder = stage.folder / SCORES if stage.makes_a_pipeline else stage.folder
+    found = sorted(folder.glob("*/result.json"))
+    return read_result(found[0].parent) if found else None
+
+
+def cost_of(folder: Path) -> Cost | None:
+    """Read off the diary of drawing; None for pictures that were not drawn here."""
+    path = folder / "images" / TIMES
+    if not path.is_file():
+        return None
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    pictures = sum(line["pictures"] for line in lines)
+    evaluations = sum(line["evaluations"] * line["pictures"] for line in lines) / pictures
+    return Cost(evaluations, sum(line["seconds"] for line in lines) / pictures)
+
+
+def change(lifts: Sequence[str], before: Result, after: Result) -> Difference:
+    """By how much the mean of `lifts` has changed, each a group of the benchmark or its overall score.
+
+    Their prompts are different ones, so the variances of their differences add up.
+    """
+    lines = common(before.prompts, after.prompts)
+    pairs = pairs_of(after.result["benchmark"], lines)
+    parts = []
+    for name in lifts:
+        own = pairs if name == OVERALL else [
+            pair._replace(stratum="") for pair in pairs_of("", [both for both in lines if both[0]["group"] == name])
+        ]  # fmt: skip
+        if part := paired_difference(own):
+            parts.append(part)
+    if not parts:
+        return Difference(math.nan, None, None)
+    value = math.fsum(part.value for part in parts) / len(parts)
+    halves = [part.high - part.value for part in parts if part.high is not None]
+    if len(halves) < len(parts):
+        return Difference(value, None, None)
+    half = math.hypot(*halves) / len(parts)
+    return Difference(value, value - half, value + half)
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+def page(graph: Graph, rows: Sequence[Row]) -> str:
+    """The whole HTML file."""
+    judged = [row for row in rows if row.result is not None]
+    work = math.fsum(row.seconds or 0.0 for row in rows)
+    finished = sum(row.finished for row in rows)
+    notes = [f"<p>{escape(row.stage.name)}: {escape(row.stage.note)}.</p>" for row in rows if row.stage.note]
+    parts = [
+        f"<h1>{escape(graph.name)}</h1>",
+        f"<p>{finished} of {len(rows)} stages are finished, after {minutes(work)} minutes of work. A score is of what "
+        "the stage is for, with its 95 % interval, clustered by prompt. A change is of the mean of these, on the same "
+        "prompts and noise; its interval is of the prompts' own differences. Evaluations: of the network, for a "
+        "picture.</p>",
+        html_table(summary(rows)),
+        *notes,
+        "<h2>The same prompts and noise, stage by stage</h2>",
+        pictures(judged) if judged else "<p>None yet.</p>",
+        "<h2>Scores</h2>",
+        html_table(score_table(judged)) if judged else "<p>None yet.</p>",
+        "<h2>Curves</h2>",
+        *(curve_section(row) for row in rows if row.stage.makes_a_pipeline),
+    ]
+    return document(graph.name, "".join(parts), TABLE_STYLE + STYLE)
+
+
+def summary(rows: Sequence[Row]) -> list[list[str]]:
+    head = ["stage", "begins from", "score", "change", "evaluations", "seconds\na picture", "minutes"]
+    return [head, *(summary_line(row) for row in rows)]
+
+
+def summary_line(row: Row) -> list[str]:
+    scores = row.scores()
+    stage = row.stage
+    return [
+        f"{stage.name}\n({stage.runs})",
+        "\n".join(stage.begins_from),
+        "\n".join(f"{name} {with_interval(*scores[name], 3)}" for name in stage.lifts or (OVERALL,) if name in scores),
+        "\n".join(f"{told(difference)}\nagainst {name}" for name, difference in row.changes.items()),
+        f"{row.cost.evaluations:.4g}" if row.cost else "",
+        f"{row.cost.seconds:.3g}" if row.cost else "",
+        "" if row.seconds is None else minutes(row.seconds) + ("" if row.finished else "\nso far"),
+    ]
+
+
+def told(difference: Difference) -> str:
+    if difference.low is None or difference.high is None:
+        return f"{difference.value:+.3f}"
+    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f}"
+
+
+def score_table(rows: Sequence[Row]) -> list[list[str]]:
+    """A line for each stage that was judged, a column for each score."""
+    columns = list(dict.fromkeys(name for row in rows for name in row.scores()))
+    lines = []
+    for row in rows:
+        scores = row.scores()
+        told = [with_interval(*scores[name], 2) if name in scores else "" for name in columns]
+        lines.append([row.stage.name, *told])
+    return [["stage", *columns], *lines]
+
+
+def pictures(judged: Sequence[Row]) -> str:
+    """A row of pictures for each stage, a column for each prompt; the stages that have one are given."""
+    shown = [shown_pictures(row, judged[0]) for row in judged]
+    prompts = list(dict.fromkeys(prompt for found in shown for prompt in found))
+    head = "".join(f"<th>{escape(prompt)}</th>" for prompt in prompts)
+    lines = []
+    for row, found in zip(judged, shown, strict=True):
+        score = escape(with_interval(*row.scores()[OVERALL], 2))
+        cost = f"<br>{row.cost.evaluations:.4g} evaluations" if row.cost else ""
+        cells = [reduced(found[prompt], CELL, prompt) if prompt in found else "" for prompt in prompts]
+        images = "".join(f"<td>{image}</td>" for image in cells)
+        lines.append(f"<tr><td>{escape(row.stage.name)}<br>{OVERALL} {score}{cost}</td>{images}</tr>")
+    return f"<table class='pictures'><tr><th></th>{head}</tr>{''.join(lines)}</table>"
+
+
+def shown_pictures(row: Row, first: Row) -> dict[str, Image.Image]:
+    """By prompt: the stage's pictures of the first prompt of each group of the `first` stage's result."""
+    if row.result is None or first.result is None:
+        return {}
+    wanted: dict[str, str] = {}
+    for line in first.result.prompts:
+        wanted.setdefault(line["group"], line["prompt_id"])
+    lines = {line["prompt_id"]: line for line in row.result.prompts}
+    known = [lines[name] for name in list(wanted.values())[:MOST_PROMPTS] if name in lines]
+    found = {line["prompt"]: row.result.picture(line["images"][0]) for line in known}
+    return {prompt: picture for prompt, picture in found.items() if picture is not None}
+
+
+def stage_grid(row: Row, first: Row) -> Image.Image | None:
+    """The same pictures as one; None where there are none."""
+    found = shown_pictures(row, first)
+    return labelled_grid(list(found.values()), list(found), len(found), CELL) if found else None
+
+
+def curve_section(row: Row) -> str:
+    name, points = curve(row.stage.folder)
+    if not points:
+        return ""
+    plot = Figure(figsize=(9, 2.2), layout="tight")
+    axes = plot.subplots()
+    axes.plot(*zip(*points, strict=True), color="#2244aa", linewidth=1.5)
+    axes.set(xlabel="step", ylabel=name)
+    buffer = io.BytesIO()
+    plot.savefig(buffer, format="png", dpi=100)
+    return figure(buffer.getvalue(), f"{row.stage.name}: {name}")
+
+
+def curve(folder: Path) -> tuple[str, list[tuple[int, float]]]:
+    """The name and the points (step, value) of a run's most telling curve; none where it has no run in MLflow."""
+    from mlflow import MlflowClient
+
+    if not (folder / RUN_FILE).is_file():
+        return "", []
+    run = read_json(folder / RUN_FILE)
+    client = MlflowClient(run["tracking_uri"])
+    known = sorted(client.get_run(run["run_id"]).data.metrics)
+    name = next((metric for start in CURVES for metric in known if metric.startswith(start)), "")
+    history = client.get_metric_history(run["run_id"], name) if name else []
+    return name, sorted((point.step, point.value) for point in history if math.isfinite(point.value))
+
+
+def figure(png: bytes, caption: str) -> str:
+    text = escape(caption)
+    return f"<figure><img alt='{text}' src='{data_uri(png, 'PNG')}'><figcaption>{text}</figcaption></figure>"
