@@ -80,7 +80,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, ends: list[str]) -> list[list[str]]:
     """What stages were asked to run, without running it and without MLflow."""
     commands: list[list[str]] = []
 
-    def run(words: list[str], environment: object) -> int:
+    def run(words: list[str], environment: object, beat: object) -> int:
         commands.append(words)
         folder = next(word.partition("=")[2] for word in words if word.startswith(("run.output_dir=", "output=")))
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -146,8 +146,8 @@ def test_how_a_run_is_watched_changes_nothing(life, asked):
 def test_a_stage_that_fails_ends_the_graph_with_its_code_and_is_gone_on_with(life, monkeypatch, asked, ends, capsys):
     works = graph_run.run_command
 
-    def fail(words: list[str], environment: object) -> int:
-        works(words, environment)
+    def fail(words: list[str], environment: object, beat: object) -> int:
+        works(words, environment, beat)
         return 3 if "run.name=life/right" in words else 0
 
     monkeypatch.setattr(graph_run, "run_command", fail)
@@ -210,6 +210,24 @@ def test_the_report_is_written_after_every_stage(life, asked, monkeypatch):
     assert len(pages) == 5
 
 
+def test_the_time_of_a_stage_is_noted_while_it_runs(life, asked, monkeypatch):
+    noted = []
+
+    def run_for_a_while(words: list[str], environment: object, beat: Callable[[], None]) -> int:
+        for _ in range(2):
+            time.sleep(0.05)
+            beat()
+            noted.append(json.loads((life / "outputs/life/graph.json").read_text())["stages"]["base"])
+        return 1
+
+    monkeypatch.setattr(graph_run, "run_command", run_for_a_while)
+    assert run("life") == 1
+    assert [one["status"] for one in noted] == ["running", "running"]
+    assert 0.05 <= noted[0]["seconds"] < noted[1]["seconds"] < 5 and noted[1]["seconds"] >= 0.1
+    assert run("life") == 1  # another session: what was before is kept
+    assert noted[2]["seconds"] > noted[1]["seconds"]
+
+
 def test_pipelines_are_scored_alike(life):
     stage = read_graph("life").stage("both")
     assert graph_run.score_words(stage, {"benchmark": "tinyworld", "prompts": 4}) == [
@@ -242,6 +260,14 @@ def test_the_stages_of_a_graph_are_runs_below_its_own(life):
         assert runs[f"life/{name}"].data.tags["stage"] == name
     assert runs["life/left"].data.tags["begins_from/base"] == runs["life/base"].info.run_id
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
+def test_a_command_beats_until_it_ends(life, monkeypatch):
+    monkeypatch.setattr(graph_run, "HEARTBEAT", 0.05)
+    beats = []
+    assert graph_run.run_command(["--list"], environment(), lambda: beats.append(1)) == 0
+    assert len(beats) > 3
+    assert graph_run.run_command(["nothing"], environment(), lambda: None) == 2
 
 
 def test_a_killed_graph_takes_its_stage_with_it_and_goes_on(life):

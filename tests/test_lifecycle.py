@@ -48,7 +48,7 @@ STAGES = [
 ]  # fmt: skip
 
 
-def in_this_process(words: Sequence[str], environment: Mapping[str, str]) -> int:
+def in_this_process(words: Sequence[str], environment: Mapping[str, str], beat: object) -> int:
     """A stage's command without the seconds that a new process takes to import everything."""
     before = dict(os.environ)
     os.environ.update(environment)
@@ -119,7 +119,7 @@ def test_one_run_with_a_child_for_each_stage(finished: Path) -> None:
 def test_what_is_finished_stays(finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(finished)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(graph_run, "run_command", lambda words, environment: pytest.fail(f"{words} was run"))
+    monkeypatch.setattr(graph_run, "run_command", lambda words, *_: pytest.fail(f"{words} was run"))
     assert cli.main(["run", "lifecycle", *(f"{key}={value}" for key, value in QUICK.items())]) == 0
     assert capsys.readouterr().out.count("finished already") == len(STAGES)
 

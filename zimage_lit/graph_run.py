@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from zimage_lit.run_folder import set_aside
 from zimage_lit.tracking import RUN_FILE, TAGS_VARIABLE, ResilientMLFlowLogger
 
 STATE, REPORT = "graph.json", "report.html"
+HEARTBEAT = 10.0  # seconds between two notes of how long a stage has been at work: what a kill can lose of that
 PARENT_DEATH = 1  # Linux's PR_SET_PDEATHSIG
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: little may be done between fork and exec
 
@@ -157,11 +158,17 @@ def run_stage(stage: Stage, graph: Graph, fingerprint: str, state: State, logger
     if graph.score is not None and stage.makes_a_pipeline:
         commands.append(score_words(stage, graph.score))
     environment = {**os.environ, **run_environment(stage, graph, logger)}
+    clock = time.monotonic()
+
+    def note(status: str = "running") -> None:
+        nonlocal clock
+        now = time.monotonic()
+        state.note(stage, fingerprint, status, now - clock)
+        clock = now
+
     for words in commands:
-        began = time.monotonic()
-        code = run_command(words, environment)
-        finished = code == 0 and words is commands[-1]
-        state.note(stage, fingerprint, "finished" if finished else "running", time.monotonic() - began)
+        code = run_command(words, environment, note)
+        note("finished" if code == 0 and words is commands[-1] else "running")
         if code:
             return code
     return 0
@@ -172,14 +179,26 @@ def score_words(stage: Stage, score: Mapping[str, Any]) -> list[str]:
     return ["evaluate", *(f"{key}={typed(value)}" for key, value in settings.items())]
 
 
-def run_command(words: Sequence[str], environment: Mapping[str, str]) -> int:
-    """`lightning run …` in a process of its own, which hears of an interruption and does not outlive this one."""
+def run_command(words: Sequence[str], environment: Mapping[str, str], beat: Callable[[], None]) -> int:
+    """`lightning run …` in a process of its own, which hears of an interruption and does not outlive this one.
+
+    beat: called every few seconds while it runs.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "zimage_lit", "run", *words], env=environment, preexec_fn=die_with_parent
     )
     with passing_on_signals(process):
-        code = process.wait()
+        while (code := ended(process)) is None:
+            beat()
     return code if code >= 0 else 128 - code
+
+
+def ended(process: "subprocess.Popen[bytes]") -> int | None:
+    """The code of a process that ends before the next beat; None of one that does not."""
+    try:
+        return process.wait(HEARTBEAT)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def die_with_parent() -> None:
