@@ -210,6 +210,23 @@ def test_the_report_is_written_after_every_stage(life, asked, monkeypatch):
     assert len(pages) == 5
 
 
+def test_a_kill_before_the_report_does_not_lose_it(life, asked, monkeypatch):
+    told = []
+
+    def killed(graph: object, state: object, logger: object, place: int) -> None:
+        if place == 1 and 1 not in told:
+            told.append(place)
+            raise KeyboardInterrupt
+        told.append(place)
+
+    monkeypatch.setattr(graph_run, "report", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("life")
+    assert told == [0, 1] and names(asked) == ["base", "left"]
+    assert run("life") == 0
+    assert told == [0, 1, 1, 2, 3] and names(asked) == ["base", "left", "right", "both"]
+
+
 def test_the_time_of_a_stage_is_noted_while_it_runs(life, asked, monkeypatch):
     noted = []
 

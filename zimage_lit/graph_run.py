@@ -48,7 +48,8 @@ class GraphOptions:
 
 @dataclass
 class State:
-    """graph.json: of every stage that was begun its fingerprint, whether it is finished, and the seconds it took."""
+    """graph.json: of every stage that was begun its fingerprint, whether it is finished, the seconds it took, and whether
+    the report and the graph's run in MLflow know of it."""
 
     path: Path
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -68,7 +69,12 @@ class State:
     def note(self, stage: Stage, fingerprint: str, status: str, seconds: float) -> None:
         """Seconds are added to those of earlier sessions with the same fingerprint."""
         before = self.stages[stage.name]["seconds"] if self.is_begun(stage, fingerprint) else 0.0
-        self.stages[stage.name] = {"fingerprint": fingerprint, "status": status, "seconds": before + seconds}
+        self.stages[stage.name] = {
+            "fingerprint": fingerprint,
+            "status": status,
+            "seconds": before + seconds,
+            "reported": False,
+        }
         self.write()
 
     def forget(self, stages: Sequence[Stage]) -> None:
@@ -116,16 +122,19 @@ def run_missing(
         heading = f"stage {number} of {len(graph.stages)}, {stage.name} ({stage.runs})"
         if state.is_finished(stage, prints[stage.name]):
             print(f"{heading}: finished already, in {stage.folder}", flush=True)
-            continue
-        print(f"{heading}: {stage.folder}", flush=True)
-        if code := run_stage(stage, graph, prints[stage.name], state, logger):
-            print(
-                f"{stage.name} ended with code {code}, for the reason above; the stages before it are kept, and the "
-                "same command goes on with it.",
-                file=sys.stderr,
-            )
-            return code
-        report(graph, state, logger, number - 1)
+        else:
+            print(f"{heading}: {stage.folder}", flush=True)
+            if code := run_stage(stage, graph, prints[stage.name], state, logger):
+                print(
+                    f"{stage.name} ended with code {code}, for the reason above; the stages before it are kept, and the "
+                    "same command goes on with it.",
+                    file=sys.stderr,
+                )
+                return code
+        if not state.stages[stage.name]["reported"]:
+            report(graph, state, logger, number - 1)
+            state.stages[stage.name]["reported"] = True
+            state.write()
     return 0
 
 
