@@ -48,8 +48,8 @@ class GraphOptions:
 
 @dataclass
 class State:
-    """graph.json: of every stage that was begun its fingerprint, whether it is finished, the seconds it took, and whether
-    the report and the graph's run in MLflow know of it."""
+    """graph.json: of every stage that was begun its fingerprint, whether it is finished, the seconds it took, and
+    whether the report and the graph's run in MLflow know of it."""
 
     path: Path
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -126,8 +126,8 @@ def run_missing(
             print(f"{heading}: {stage.folder}", flush=True)
             if code := run_stage(stage, graph, prints[stage.name], state, logger):
                 print(
-                    f"{stage.name} ended with code {code}, for the reason above; the stages before it are kept, and the "
-                    "same command goes on with it.",
+                    f"{stage.name} ended with code {code}, for the reason above; the stages before it are kept, and "
+                    "the same command goes on with it.",
                     file=sys.stderr,
                 )
                 return code
