@@ -50,7 +50,7 @@ GRPO, DPO = "tiny/grpo", "tiny/dpo"
 NFT, NO_PENALTY = "model.init_args.method=nft", "model.init_args.kl.weight=0"
 SHUFFLED = f"trainer.callbacks.right.class_path={CONTROL_MODULE}.ShuffledReward"
 PAIR_TASKS = "[counting, two_object, position]"  # whose training statements, 117, make pairs
-PAIR_SETTINGS = ("samples_per_prompt=48", "pairs_per_prompt=20")
+PAIR_SETTINGS = ("samples_per_prompt=144", "pairs_per_prompt=60", "batch_size=48")
 PREFERENCE_METRICS = ("implicit_accuracy", "winner_error")
 LONGER = 3  # times the steps of the arm with a penalty
 MATCHED = 0.05  # points by which the reward may leave the gold judge
@@ -80,7 +80,7 @@ ARMS = (
     Arm("shuffled-reward", "controls", GRPO, (SHUFFLED,)),
     Arm("no-penalty", "controls", GRPO, (NO_PENALTY,), LONGER),
     Arm("random-labels", "controls", DPO, control="RandomLabels"),
-    Arm("easy-first", "controls", DPO, ("model.init_args.curriculum={steps: 400, margin_start: [0.2, 1.0]}",)),
+    Arm("easy-first", "controls", DPO, ("model.init_args.curriculum={steps: 200, margin_start: [0.2, 1.0]}",)),
 )
 
 
