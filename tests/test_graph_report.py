@@ -12,7 +12,8 @@ from scipy.stats import t as student
 from evaluation.report.difference import common, paired_difference, pairs_of
 from evaluation.report.results import read_result
 from zimage_lit.graph import Graph, Stage
-from zimage_lit.graph_report import change, page, rows_of, stage_grid
+from zimage_lit.graph_report import change, curve, page, rows_of, stage_grid
+from zimage_lit.spool import Spool
 
 KEY = "tinyworld-en"
 
@@ -135,6 +136,22 @@ def test_a_stage_s_pictures_are_those_of_the_first_one_s_prompts(graph):
     first, second = stage_grid(base, base), stage_grid(tuned, base)
     assert first is not None and second is not None and first.width == second.width
     assert stage_grid(late, base) is None
+
+
+def test_the_curve_is_the_most_telling_one_that_was_logged(tmp_path):
+    assert curve(tmp_path) == ("", [])
+    (tmp_path / "mlflow_run.json").write_text('{"run_id": "abc"}')
+    spool = Spool(tmp_path / "mlflow_spool/abc")
+    for step, values in (
+        (20, {"train/loss": 0.5, "lr": 1.0}),
+        (40, {"train/loss": math.nan}),
+        (40, {"train/loss": 0.4}),
+    ):
+        spool.append({"kind": "metrics", "step": step, "time": 0, "values": values})
+    spool.append({"kind": "status", "status": "FINISHED", "time": 0})
+    assert curve(tmp_path) == ("train/loss", [(20, 0.5), (40, 0.4)])
+    spool.append({"kind": "metrics", "step": 5, "time": 0, "values": {"reward/right": 0.25}})
+    assert curve(tmp_path) == ("reward/right", [(5, 0.25)])
 
 
 def test_results_and_pictures_are_found_where_stages_leave_them(graph):

@@ -1,7 +1,7 @@
 """The report of a graph: a row for each stage, with the same prompts drawn, its scores, and what it has changed.
 
-Everything is read from the stages' folders and their MLflow runs, so the page can be written at any time: a stage
-that is not finished has a row without figures.
+Everything is read from the stages' folders, so the page can be written at any time: a stage that is not finished has a
+row without figures.
 """
 
 import io
@@ -24,9 +24,10 @@ from zimage_lit.files import read_json
 from zimage_lit.graph import SCORES, Graph, Stage
 from zimage_lit.grids import labelled_grid
 from zimage_lit.pages import data_uri, document, reduced
+from zimage_lit.spool import Spool
 from zimage_lit.tables import STYLE as TABLE_STYLE
 from zimage_lit.tables import html_table, with_interval
-from zimage_lit.tracking import RUN_FILE
+from zimage_lit.tracking import RUN_FILE, SPOOL_FOLDER
 
 matplotlib.use("Agg")
 CELL = 96  # pixels of a picture in a row
@@ -240,17 +241,17 @@ def curve_section(row: Row) -> str:
 
 
 def curve(folder: Path) -> tuple[str, list[tuple[int, float]]]:
-    """The name and the points (step, value) of a run's most telling curve; none where it has no run in MLflow."""
-    from mlflow import MlflowClient
-
+    """The name and the points (step, value) of a run's most telling curve, as it was logged; none where nothing was."""
     if not (folder / RUN_FILE).is_file():
         return "", []
-    run = read_json(folder / RUN_FILE)
-    client = MlflowClient(run["tracking_uri"])
-    known = sorted(client.get_run(run["run_id"]).data.metrics)
-    name = next((metric for start in CURVES for metric in known if metric.startswith(start)), "")
-    history = client.get_metric_history(run["run_id"], name) if name else []
-    return name, sorted((point.step, point.value) for point in history if math.isfinite(point.value))
+    curves: dict[str, dict[int, float]] = {}
+    for record, _ in Spool(folder / SPOOL_FOLDER / read_json(folder / RUN_FILE)["run_id"]).read():
+        if record["kind"] == "metrics":
+            for name, value in record["values"].items():
+                if math.isfinite(value):
+                    curves.setdefault(name, {})[record["step"]] = value
+    name = next((metric for start in CURVES for metric in sorted(curves) if metric.startswith(start)), "")
+    return name, sorted(curves.get(name, {}).items())
 
 
 def figure(png: bytes, caption: str) -> str:
