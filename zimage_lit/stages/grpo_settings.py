@@ -79,8 +79,9 @@ class PolicySettings:
     window: WindowSettings = field(default_factory=WindowSettings)
     reduction: Literal["mean", "sum"] = "mean"  # of densities over a picture's elements, which clip_range depends on
     clip: Literal["ppo", "dppo"] = "ppo"  # ppo: ratios are cut; dppo: pictures whose density has moved far are masked
-    clip_range: float = 1e-5  # ppo: how far a ratio may go from 1; dppo: how far a density may move, as KL divergence;
-    # acts only with more than one update of a roll-out (model.init_args.minibatches, epochs)
+    # ppo: how far a ratio may go from 1; dppo: how far a density may move, as KL divergence; acts only with more than
+    # one update of a roll-out (model.init_args.minibatches, epochs)
+    clip_range: float = 1e-5
     ratio: Literal["plain", "guard"] = "plain"  # guard: normalised, so that it does not drift; published with 2e-6
 
     def __post_init__(self) -> None:
