@@ -362,6 +362,12 @@ def test_fingerprints_tell_settings_and_origins_apart(life):
         (["stages.both.set.weight=[1]"], r"stages.both \(merge\): .*weight"),
         (["stages.left.against=right"], r"stages.left.against names 'right', which is no stage before it"),
         (["stages.left.against=base"], r"stages.left.against compares what `lifts` names"),
+        (["stages.left.lifts=word"], r"stages.left.lifts is told by what judges the stages: give `score`, too"),
+        (
+            ["stages.left.lifts=wrd", "score={benchmark: tinyworld}"],
+            r"stages.left.lifts names 'wrd', no score of TinyWorld.* \(did you mean 'word'\?\)",
+        ),
+        (["score={benchmark: tinywrld}"], r"tinywrld"),
         (["stages.left.lifts=3"], r"stages.left.lifts must be a name or a list of names, not 3"),
         (["--only", "lft"], r"life has no stage 'lft' \(did you mean 'left'\?\)"),
         (["--from"], "--from takes the name of a stage"),

@@ -26,6 +26,7 @@ from zimage_lit.validate import as_mapping
 
 KEYS = ("description", "run", "seed_everything", "stages", "score", "experiment_name", "tracking_uri")
 STAGE_KEYS = ("run", "set", "lifts", "against", "note")
+OVERALL = "overall"  # of what a stage lifts: the benchmark's score as a whole
 SCORES = "evaluation"  # in a stage's folder: what `score` says of it
 MAKES_A_PIPELINE = ("merge",)  # of the tasks; every experiment does
 # Settings of an experiment that say how a run is watched, not what it makes.

@@ -21,7 +21,7 @@ from evaluation.drawing import TIMES
 from evaluation.report.difference import Difference, common, paired_difference, pairs_of
 from evaluation.report.results import Result, read_result
 from zimage_lit.files import read_json
-from zimage_lit.graph import SCORES, Graph, Stage
+from zimage_lit.graph import OVERALL, SCORES, Graph, Stage
 from zimage_lit.grids import labelled_grid
 from zimage_lit.pages import data_uri, document, reduced
 from zimage_lit.spool import Spool
@@ -32,7 +32,6 @@ from zimage_lit.tracking import RUN_FILE, SPOOL_FOLDER
 matplotlib.use("Agg")
 CELL = 96  # pixels of a picture in a row
 MOST_PROMPTS = 10  # pictures in a row, of as many groups of the benchmark
-OVERALL = "overall"
 STYLE = """
 .pictures td,.pictures th{white-space:normal;font-weight:400;font-size:13px;text-align:left;padding:.2rem .3rem}
 .pictures td:first-child{min-width:11rem}

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from zimage_lit.cli import TASKS
-from zimage_lit.config import compose, settings_from
+from zimage_lit.config import compose, did_you_mean, settings_from
 from zimage_lit.errors import UserError
 from zimage_lit.files import read_json, write_atomically
-from zimage_lit.graph import SCORES, Graph, Stage, fingerprints, read_graph, typed
+from zimage_lit.graph import OVERALL, SCORES, Graph, Stage, fingerprints, read_graph, typed
 from zimage_lit.run_folder import set_aside
 from zimage_lit.tracking import RUN_FILE, TAGS_VARIABLE, ResilientMLFlowLogger
 
@@ -254,6 +254,27 @@ def check_stages(graph: Graph) -> None:
                 check_config(compose(runs, words))
         except UserError as error:
             raise UserError(f"{place} ({runs}): {error}") from None
+    check_purposes(graph)
+
+
+def check_purposes(graph: Graph) -> None:
+    """UserError for what stages are said to lift, where nothing judges it."""
+    from evaluation.suite import parts_of
+
+    lifting = [stage for stage in graph.stages if stage.lifts]
+    if lifting and graph.score is None:
+        raise UserError(f"stages.{lifting[0].name}.lifts is told by what judges the stages: give `score`, too.")
+    if graph.score is None:
+        return
+    benchmarks = graph.score.get("benchmark", "")
+    names = benchmarks if isinstance(benchmarks, list) else [str(benchmarks)]
+    first = parts_of(names, graph.score.get("language"))[0]
+    groups = getattr(first.module, "TASKS", None)  # of benchmarks whose score is of tasks
+    for stage in lifting:
+        for name in stage.lifts:
+            if groups is not None and name not in (OVERALL, *groups):
+                meant = did_you_mean(name, [OVERALL, *groups], listing="it has")
+                raise UserError(f"stages.{stage.name}.lifts names {name!r}, no score of {first.title}{meant}")
 
 
 def check_inputs(stage: Stage, graph: Graph, prints: Mapping[str, str], state: State) -> None:
