@@ -4,6 +4,7 @@ import io
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,12 @@ def draw(pipeline: ZImagePipeline, work: BenchmarkPass, call: Mapping[str, Any],
                 draw=[image.draw for image in batch],
                 **call,
             )
-            note_time(folder, len(batch), time.monotonic() - began, evaluations / len(batch))
+            seconds = time.monotonic() - began
             for image, picture in zip(batch, pictures, strict=True):
                 if image in wanted:
                     made = {"prompt": image.prompt, "seed": image.seed, "draw": image.draw, **call}
                     _write(picture, folder / image.file, {**made, "checkpoint": checkpoint})
+            note_time(folder, len(batch), seconds, evaluations / len(batch))
             done(len(wanted))
 
 
@@ -100,8 +102,9 @@ def counted(pipeline: ZImagePipeline, prompts: list[str], **call: Any) -> tuple[
 
 
 def note_time(folder: Path, pictures: int, seconds: float, evaluations: float) -> None:
+    """A line more in the diary; no picture is lost for the want of one."""
     line = {"pictures": pictures, "seconds": round(seconds, 4), "evaluations": evaluations}
-    with (folder / TIMES).open("a", encoding="utf-8") as file:
+    with suppress(OSError), (folder / TIMES).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 

@@ -203,7 +203,9 @@ def test_what_a_stage_lifts_is_compared_with_what_it_begins_from(life):
 
 def test_the_report_is_written_after_every_stage(life, asked, monkeypatch):
     pages = []
-    monkeypatch.setattr(graph_run, "report", lambda graph, state, logger, place: pages.append(dict(state.stages)))
+    monkeypatch.setattr(
+        graph_run, "report", lambda graph, prints, state, logger, place: pages.append(dict(state.stages))
+    )
     run("life")
     assert [len(page) for page in pages] == [1, 2, 3, 4]
     run("life", "--from", "both")
@@ -213,7 +215,7 @@ def test_the_report_is_written_after_every_stage(life, asked, monkeypatch):
 def test_a_kill_before_the_report_does_not_lose_it(life, asked, monkeypatch):
     told = []
 
-    def killed(graph: object, state: object, logger: object, place: int) -> None:
+    def killed(graph: object, prints: object, state: object, logger: object, place: int) -> None:
         if place == 1 and 1 not in told:
             told.append(place)
             raise RuntimeError("killed")
@@ -243,6 +245,51 @@ def test_the_time_of_a_stage_is_noted_while_it_runs(life, asked, monkeypatch):
     assert 0.05 <= noted[0]["seconds"] < noted[1]["seconds"] < 5 and noted[1]["seconds"] >= 0.1
     assert run("life") == 1  # another session: what was before is kept
     assert noted[2]["seconds"] > noted[1]["seconds"]
+
+
+def test_a_note_that_cannot_be_written_does_not_end_the_stage(life, asked, monkeypatch):
+    works = graph_run.write_atomically
+
+    def full(path: Path, content: object) -> None:
+        raise OSError("no space left")
+
+    def run_on_a_full_disk(words: list[str], environment: object, beat: Callable[[], None]) -> int:
+        monkeypatch.setattr(graph_run, "write_atomically", full)
+        beat()
+        monkeypatch.setattr(graph_run, "write_atomically", works)
+        return 0
+
+    monkeypatch.setattr(graph_run, "run_command", run_on_a_full_disk)
+    assert run("life") == 0
+
+
+def test_a_graph_of_an_earlier_version_goes_on(life, asked):
+    run("life")
+    path = life / "outputs/life/graph.json"
+    state = json.loads(path.read_text())
+    for stage in state["stages"].values():
+        del stage["reported"]
+    path.write_text(json.dumps(state))
+    asked.clear()
+    assert run("life") == 0 and not asked
+
+
+def test_a_report_that_cannot_be_made_is_said_and_ends_nothing(life, asked, monkeypatch, capsys):
+    from zimage_lit import graph_report
+
+    def broken(*_: object) -> None:
+        raise ValueError("a torn file")
+
+    monkeypatch.setattr(graph_report, "rows_of", broken)
+    assert run("life") == 0
+    assert "report.html could not be written: a torn file" in capsys.readouterr().err
+
+
+def test_the_page_is_made_again_each_time(life, asked, capsys):
+    run("life")
+    (life / "outputs/life/report.html").unlink()
+    assert run("life") == 0 and (life / "outputs/life/report.html").is_file()
+    assert "report: outputs/life/report.html" in capsys.readouterr().out
 
 
 def test_pipelines_are_scored_alike(life):
@@ -355,19 +402,36 @@ def test_fingerprints_tell_settings_and_origins_apart(life):
     [
         (["stages.left.run=toi"], r"stages.left.run is 'toi', no experiment or task \(did you mean 'toy'\?\)"),
         (["stages.left.sett=1"], r"stages.left has no key 'sett' \(did you mean 'set'\?\)"),
-        (["trainer.max_steps=1"], r"life has no key 'trainer'"),
+        (["trainer.max_steps=1"], r"life is a graph and has no trainer of its own: put it under stages.NAME.set"),
+        (["run.nam=x"], r"run.nam"),
+        (["run.resume=never"], r"run.resume=never is for single trainings: .* --from STAGE"),
+        (["tracking_uri=7"], r"tracking_uri must be text, not 7"),
+        (["score=tinyworld"], r"score must be a mapping"),
+        (["score.model=here"], r"score.model is set by the graph"),
+        (["stages.leff.set.trainer.max_steps=1"], r"stages.leff has no run: .*\(did you mean 'left'\?\)"),
+        (["stages={../x: {run: toy}}"], r"a stage's name is that of its folder: leave / and .. out"),
+        (["stages.left.set.model.init_args.encoder.init_args.folder=${stage:left}"], "stages.left begins from itself"),
         (["stages.base.set.data.init_args.folder=outputs/life/left/pipeline"], "stages.base begins from left, which"),
-        (["stages.base.set.data.init_args.folder=${stage:lef}"], r"there is no stage lef \(did you mean 'left'\?\)"),
+        (
+            ["stages.base.set.data.init_args.folder=${stage:lef}"],
+            r"init_args.folder cannot be resolved: there is no stage lef \(did you mean 'left'\?\)",
+        ),
         (["stages.left.set.trainer.max_step=1"], r"stages.left \(toy\): .*max_step"),
         (["stages.both.set.weight=[1]"], r"stages.both \(merge\): .*weight"),
         (["stages.left.against=right"], r"stages.left.against names 'right', which is no stage before it"),
         (["stages.left.against=base"], r"stages.left.against compares what `lifts` names"),
         (["stages.left.lifts=word"], r"stages.left.lifts is told by what judges the stages: give `score`, too"),
         (
-            ["stages.left.lifts=wrd", "score={benchmark: tinyworld}"],
+            ["stages.left.lifts=wrd", "score={benchmark: tinyworld, language: en}"],
             r"stages.left.lifts names 'wrd', no score of TinyWorld.* \(did you mean 'word'\?\)",
         ),
-        (["score={benchmark: tinywrld}"], r"tinywrld"),
+        (["score={benchmark: tinywrld}"], r"score: benchmark=tinywrld: there is none"),
+        (["score={benchmark: tinyworld}"], r"score is of one benchmark in one language"),
+        (
+            ["score={benchmark: tinyworld, language: en}", "stages.left.lifts=[overall, word, counting]"],
+            r"stages.left.lifts names something twice",
+        ),
+        (["score={benchmark: oneig, language: en}", "stages.left.lifts=overall"], r"OneIG-Bench EN has no score whose"),
         (["stages.left.lifts=3"], r"stages.left.lifts must be a name or a list of names, not 3"),
         (["--only", "lft"], r"life has no stage 'lft' \(did you mean 'left'\?\)"),
         (["--from"], "--from takes the name of a stage"),

@@ -2,17 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from result_folders import result_folder
+from result_folders import MODULES, result_folder
 from scipy.stats import t as student
 
 from evaluation.report.difference import common, paired_difference, pairs_of
 from evaluation.report.results import read_result
 from zimage_lit.graph import Graph, Stage
-from zimage_lit.graph_report import change, curve, page, rows_of, stage_grid
+from zimage_lit.graph_report import change, curve, page, rows_of, shown_pictures, stage_grid
 from zimage_lit.spool import Spool
 
 KEY = "tinyworld-en"
@@ -44,6 +45,7 @@ STATE = {
     "quick": {"fingerprint": "2", "status": "finished", "seconds": 30.0},
     "tuned": {"fingerprint": "3", "status": "finished", "seconds": 60.0},
 }
+PRINTS = {"base": "1", "quick": "2", "tuned": "3", "late": "4"}
 
 
 def scores_of(graph: Graph, name: str, group: str) -> dict[str, list[float]]:
@@ -57,18 +59,26 @@ def scores_of(graph: Graph, name: str, group: str) -> dict[str, list[float]]:
 
 
 def by_hand(graph: Graph, first: str, second: str, group: str) -> tuple[float, float]:
-    """The mean difference, and half the width of its interval: sentences weigh by their pictures, the jackknife."""
+    """The mean difference, and half the width of its interval: the wider one of sentences, which weigh by their
+    pictures, and of pictures."""
     before, after = scores_of(graph, first, group), scores_of(graph, second, group)
-    gained = np.array([sum(after[one]) - sum(before[one]) for one in before])
-    weight = np.array([len(before[one]) for one in before])
+    sentences = [(sum(after[one]) - sum(before[one]), len(before[one])) for one in before]
+    pictures = [(b - a, 1) for one in before for a, b in zip(before[one], after[one], strict=True)]
+    value = sum(gained for gained, _ in sentences) / sum(weight for _, weight in sentences)
+    return value, max(jackknife(sentences), jackknife(pictures))
+
+
+def jackknife(parts: list[tuple[float, int]]) -> float:
+    """Half the width of the interval of sum(gained) / sum(weight)."""
+    gained, weight = np.array(parts, dtype=float).T
     without = (gained.sum() - gained) / (weight.sum() - weight)
-    n = len(gained)
+    n = len(parts)
     variance = ((without - without.mean()) ** 2).sum() * (n - 1) / n
-    return gained.sum() / weight.sum(), student.ppf(0.975, n - 1) * math.sqrt(variance)
+    return student.ppf(0.975, n - 1) * math.sqrt(variance)
 
 
 def results(graph: Graph):
-    rows = {row.stage.name: row.result for row in rows_of(graph, STATE)}
+    rows = {row.stage.name: row.result for row in rows_of(graph, STATE, PRINTS)}
     return rows["base"], rows["tuned"]
 
 
@@ -92,18 +102,70 @@ def test_the_change_overall_is_that_of_the_reports(graph):
     first, second = results(graph)
     expected = paired_difference(pairs_of("tinyworld", common(first.prompts, second.prompts)))
     found = change(["overall"], first, second)
-    assert found == pytest.approx(expected)
+    assert (
+        found.value == pytest.approx(expected.value) and found.high - found.low >= expected.high - expected.low - 1e-9
+    )
     told = [result.result["scores"]["official"]["overall"] for result in (first, second)]
     assert found.value == pytest.approx(told[1] - told[0])
 
 
+def test_sentences_that_agree_by_chance_do_not_make_a_certain_change(graph):
+    """Three sentences, each drawn 16 times, as many pictures of which get better: those tell how sure it is."""
+    first, second = results(graph)
+    better, worse = [1.0] * 3 + [0.0] * 13, [0.0] * 3 + [1.0] * 2 + [0.0] * 11
+
+    def lines(scores: list[float]) -> list[dict]:
+        return [
+            {"prompt_id": f"{sentence}/{place}", "prompt": f"photo of {sentence}", "group": "counting", "score": score}
+            for sentence in "abc"
+            for place, score in enumerate(scores)
+        ]  # fmt: skip
+
+    found = change(["counting"], replace(first, prompts=lines(worse)), replace(second, prompts=lines(better)))
+    assert found.value == pytest.approx(1 / 16)
+    assert found.low < 0 < found.high and found.high - found.value == pytest.approx(jackknife(
+        [(b - a, 1) for _ in "abc" for a, b in zip(worse, better, strict=True)]
+    ))  # fmt: skip
+
+
+def test_a_group_that_is_none_is_no_change(graph):
+    with pytest.raises(KeyError):
+        change(["overall", "wrod"], *results(graph))
+
+
+def test_what_another_graph_has_made_is_not_told(graph):
+    rows = rows_of(graph, STATE, {**PRINTS, "base": "9", "tuned": "8"})
+    assert [row.finished for row in rows] == [False, True, False, False] and rows[2].result is None
+
+
+def test_a_torn_diary_still_tells_the_cost(graph):
+    times = graph.stage("quick").folder / KEY / "images" / "times.jsonl"
+    kept = times.read_bytes()
+    try:
+        times.write_bytes(kept + b'{"pictures": 3, "sec\n\0\0\n')
+        assert rows_of(graph, STATE, PRINTS)[1].cost == pytest.approx((14.0, 1.0))
+        times.write_bytes(b"")
+        assert rows_of(graph, STATE, PRINTS)[1].cost is None
+    finally:
+        times.write_bytes(kept)
+
+
+@pytest.mark.parametrize("key", sorted(MODULES))
+def test_every_benchmark_can_judge_stages(tmp_path, key):
+    stage = Stage("only", "toy", {}, tmp_path / "only", lifts=("overall",))
+    result_folder(stage.folder / "evaluation", key, number=14)
+    graph = Graph("one", tmp_path, (stage,))
+    rows = rows_of(graph, {"only": {**STATE["base"]}}, {"only": "1"})
+    assert "overall" in rows[0].scores() and "1 of 1 stages" in page(graph, rows)
+
+
 def test_a_row_for_each_stage(graph):
-    base, quick, tuned, late = rows_of(graph, STATE)
+    base, quick, tuned, late = rows_of(graph, STATE, PRINTS)
     assert base.changes == {} and quick.changes == {} and set(tuned.changes) == {"base", "quick"}
     assert base.cost is not None and base.cost == pytest.approx((14.0, 1.0))  # a picture of the four
     assert (late.seconds, late.finished, late.result, late.cost, late.changes) == (None, False, None, None, {})
     running = {**STATE, "late": {"fingerprint": "4", "status": "running", "seconds": 5.0}}
-    assert rows_of(graph, running)[3].seconds == 5.0 and not rows_of(graph, running)[3].finished
+    assert rows_of(graph, running, PRINTS)[3].seconds == 5.0 and not rows_of(graph, running, PRINTS)[3].finished
 
 
 def test_pictures_that_were_not_drawn_here_have_no_cost(graph):
@@ -111,13 +173,13 @@ def test_pictures_that_were_not_drawn_here_have_no_cost(graph):
     kept = times.read_bytes()
     times.unlink()
     try:
-        assert rows_of(graph, STATE)[1].cost is None
+        assert rows_of(graph, STATE, PRINTS)[1].cost is None
     finally:
         times.write_bytes(kept)
 
 
 def test_the_page_tells_all_of_it(graph):
-    rows = rows_of(graph, STATE)
+    rows = rows_of(graph, STATE, PRINTS)
     told = page(graph, rows)
     assert "3 of 4 stages are finished, after 3.0 minutes of work" in told
     assert "tuned: its &lt;order&gt; is ours." in told and "<order>" not in told
@@ -127,14 +189,15 @@ def test_the_page_tells_all_of_it(graph):
         assert f"{name} {score:.3f} [{low:.3f}, {high:.3f}]" in told
     assert f"{tuned.changes['quick'].value:+.3f}" in told and "against quick" in told
     assert told.count("<img") == 3 * 7  # of each stage that was judged a picture of each task
-    nothing = page(graph, rows_of(graph, {}))
-    assert "0 of 4 stages are finished" in nothing and "None yet." in nothing
+    nothing = page(graph, rows_of(graph, {}, PRINTS))
+    assert "0 of 4 stages are finished" in nothing and "<h2>" not in nothing
 
 
 def test_a_stage_s_pictures_are_those_of_the_first_one_s_prompts(graph):
-    base, _, tuned, late = rows_of(graph, STATE)
-    first, second = stage_grid(base, base), stage_grid(tuned, base)
-    assert first is not None and second is not None and first.width == second.width
+    base, _, tuned, late = rows_of(graph, STATE, PRINTS)
+    first, second = shown_pictures(base, base), shown_pictures(tuned, base)
+    assert list(first) == list(second) and len(first) == 7
+    assert all(list(first[prompt].getdata()) != list(second[prompt].getdata()) for prompt in first)
     assert stage_grid(late, base) is None
 
 
@@ -155,7 +218,7 @@ def test_the_curve_is_the_most_telling_one_that_was_logged(tmp_path):
 
 
 def test_results_and_pictures_are_found_where_stages_leave_them(graph):
-    rows = rows_of(graph, STATE)
+    rows = rows_of(graph, STATE, PRINTS)
     assert [row.result.folder for row in rows if row.result] == [
         graph.folder / "base/evaluation" / KEY, graph.folder / "quick" / KEY, graph.folder / "tuned/evaluation" / KEY
     ]  # fmt: skip

@@ -99,8 +99,27 @@ def test_a_sweep_that_was_broken_off_goes_on(
     merge_task(settings)
     assert Nearest.calls == 5  # the third again, and the fourth
     assert len(json.loads((tmp_path / "merge/merge.json").read_text())["rows"]) == 4
+    written = (tmp_path / "merge/pipeline/transformer/config.json").stat().st_mtime_ns
+    merge_task(settings)  # it is made already
+    assert (tmp_path / "merge/pipeline/transformer/config.json").stat().st_mtime_ns == written and Nearest.calls == 5
     with pytest.raises(UserError, match="exists: name another output"):
-        merge_task(settings)
+        merge_task({**settings, "sweep": 1})
+
+
+def test_a_merge_that_was_killed_before_it_said_so_goes_on(variants: list[Path], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "variants": [str(variant) for variant in variants[:2]],
+        "weights": [0.5, 0.5],
+        "output": str(tmp_path / "merge"),
+        **QUIET,
+    }
+    merge_task(settings)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "merge/pipeline/transformer").iterdir()}
+    table = tmp_path / "merge/merge.json"
+    table.write_text(json.dumps({**json.loads(table.read_text()), "best": None}))
+    merge_task(settings)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "merge/pipeline/transformer").iterdir()} == whole
+    assert json.loads(table.read_text())["best"] == [0.5, 0.5]
 
 
 def test_every_mix_is_a_step_in_mlflow(variants: list[Path], tmp_path: Path) -> None:

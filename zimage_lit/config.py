@@ -248,6 +248,7 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
         key, reason = error.full_key or "the experiment", one_line(error.msg or error)
         if "mandatory value" in reason.lower():
             raise UserError(f"{key} has no value: give it as {key}=…") from None
+        reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", reason)  # Python's, and nobody's help
         raise UserError(f"{key} cannot be resolved: {reason}") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}

@@ -20,7 +20,16 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from zimage_lit.cli import TASKS
-from zimage_lit.config import as_typed, compose, did_you_mean, experiment_files, flatten, parse_value
+from zimage_lit.config import (
+    RunSettings,
+    as_typed,
+    compose,
+    did_you_mean,
+    experiment_files,
+    flatten,
+    parse_value,
+    settings_from,
+)
 from zimage_lit.errors import UserError
 from zimage_lit.validate import as_mapping
 
@@ -99,7 +108,7 @@ def read_graph(name: str, overrides: Sequence[str] = ()) -> Graph:
     before it.
     """
     config = compose(name, overrides)
-    check_keys(name, config, KEYS)
+    check_graph(name, config)
     folder = Path(config["run"]["output_dir"])
     stages: list[Stage] = []
     for stage_name, values in as_mapping(f"{name}: stages", config["stages"]).items():
@@ -110,11 +119,37 @@ def read_graph(name: str, overrides: Sequence[str] = ()) -> Graph:
     return Graph(config["run"]["name"], folder, tuple(stages), **given)
 
 
+def check_graph(name: str, config: Mapping[str, Any]) -> None:
+    """UserError for what a graph has no use for, and for values of other types."""
+    for key in config:
+        if key in ("trainer", "model", "data"):
+            raise UserError(f"{name} is a graph and has no {key} of its own: put it under stages.NAME.set.")
+    check_keys(name, config, KEYS)
+    run = settings_from(RunSettings, config["run"], section="run")
+    if run.resume != "auto":
+        raise UserError(
+            f"run.resume={run.resume} is for single trainings: a graph goes on by itself, and --from STAGE runs that "
+            "stage and all that begins from it anew."
+        )
+    for key in ("experiment_name", "tracking_uri"):
+        if config.get(key) is not None and not isinstance(config[key], str):
+            raise UserError(f"{key} must be text, not {config[key]!r}.")
+    if config.get("score") is not None:
+        own = [key for key in as_mapping("score", config["score"]) if key in ("model", "name", "output")]
+        if own:
+            raise UserError(f"score.{own[0]} is set by the graph, for each stage: leave it out.")
+
+
 def read_stage(
     name: str, values: Mapping[str, Any], folder: Path, config: Mapping[str, Any], before: Sequence[Stage]
 ) -> Stage:
     """One entry of `stages:`; the graph's seed is that of an experiment, where the stage does not say another."""
     check_keys(f"stages.{name}", values, STAGE_KEYS)
+    if not name or name != Path(name).name or name in (".", ".."):
+        raise UserError(f"stages.{name}: a stage's name is that of its folder: leave / and .. out.")
+    if values.get("run") is None:
+        meant = did_you_mean(name, [other for other in config["stages"] if other != name])
+        raise UserError(f"stages.{name} has no run: name an experiment or a task, stages.{name}.run=…{meant}")
     runs, known = values.get("run"), [*experiment_files(), *TASKS]
     if runs not in known:
         raise UserError(f"stages.{name}.run is {runs!r}, no experiment or task{did_you_mean(str(runs), known)}")
@@ -122,14 +157,17 @@ def read_stage(
     settings = flatten(given) if given else {}
     if runs not in TASKS:
         settings = {"seed_everything": config["seed_everything"], **settings}
-    inputs = [other for other in config["stages"] if other != name and named_in(settings, folder / other)]
+    if named_in(settings, folder / name):
+        raise UserError(f"stages.{name} begins from itself: name a stage before it.")
+    inputs = [other for other in config["stages"] if named_in(settings, folder / other)]
     late = [other for other in inputs if other not in [stage.name for stage in before]]
     if late:
         raise UserError(f"stages.{name} begins from {late[0]}, which comes after it: change their order.")
     lifts, against = (names_in(f"stages.{name}.{key}", values.get(key)) for key in ("lifts", "against"))
+    judged = [stage.name for stage in before if stage.makes_a_pipeline or stage.runs == "evaluate"]
     for other in against:
-        if other not in [stage.name for stage in before]:
-            raise UserError(f"stages.{name}.against names {other!r}, which is no stage before it.")
+        if other not in judged:
+            raise UserError(f"stages.{name}.against names {other!r}, which is no stage before it that is judged.")
     if against and not lifts:
         raise UserError(f"stages.{name}.against compares what `lifts` names: give that too.")
     makes_one = [stage.name for stage in before if stage.name in inputs and stage.makes_a_pipeline]

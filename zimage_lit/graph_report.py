@@ -7,7 +7,8 @@ row without figures.
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -17,14 +18,23 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
+from evaluation.benchmarks import geneval
 from evaluation.drawing import TIMES
-from evaluation.report.difference import Difference, common, paired_difference, pairs_of
-from evaluation.report.results import Result, read_result
+from evaluation.report.contents import named_scores
+from evaluation.report.difference import (
+    BY_TASK,
+    WEIGHTS,
+    Difference,
+    Pair,
+    common,
+    paired_difference,
+    pairs_of,
+)
+from evaluation.report.results import Prompt, Result, read_result
 from zimage_lit.files import read_json
 from zimage_lit.graph import OVERALL, SCORES, Graph, Stage
 from zimage_lit.grids import labelled_grid
 from zimage_lit.pages import data_uri, document, reduced
-from zimage_lit.spool import Spool
 from zimage_lit.tables import STYLE as TABLE_STYLE
 from zimage_lit.tables import html_table, with_interval
 from zimage_lit.tracking import RUN_FILE, SPOOL_FOLDER
@@ -37,7 +47,7 @@ STYLE = """
 .pictures td:first-child{min-width:11rem}
 .pictures img{width:88px;max-width:none}.pictures img.small{image-rendering:pixelated}"""
 # The curve that says most about a training: the first of these that its run has logged.
-CURVES = ("reward/", "val/implicit_accuracy", "train/loss")
+CURVES = ("reward/", "val/implicit_accuracy", "train/loss", "train/student_loss")
 
 
 class Cost(NamedTuple):
@@ -62,19 +72,23 @@ class Row:
         """(score, low, high) of the benchmark as a whole and of its groups."""
         if self.result is None:
             return {}
-        scores = self.result.result["scores"]["official"]
-        groups = {name: (one["score"], one["ci_low"], one["ci_high"]) for name, one in scores["scores"].items()}
-        return {OVERALL: (scores[OVERALL], scores["ci_low"], scores["ci_high"]), **groups}
+        named = named_scores(self.result.result["benchmark"], self.result.result["scores"]["official"])
+        return {name: (one["score"], one["ci_low"], one["ci_high"]) for name, one in named.items() if one is not None}
 
 
-def rows_of(graph: Graph, state: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """state: of the stages that were begun, as graph.json has it."""
+def rows_of(graph: Graph, state: Mapping[str, Mapping[str, Any]], fingerprints: Mapping[str, str]) -> list[Row]:
+    """state: of the stages that were begun, as graph.json has it.   fingerprints: of the stages as they are now; what
+    was made with another one is no stage of this graph."""
     results: dict[str, Result | None] = {}
     rows = []
+    key = ""  # of the benchmark that judges all stages
     for stage in graph.stages:
         known = state.get(stage.name)
+        if known is not None and known["fingerprint"] != fingerprints[stage.name]:
+            known = None
         finished = known is not None and known["status"] == "finished"
-        result = results[stage.name] = result_of(stage) if finished else None
+        result = results[stage.name] = result_of(stage, key) if finished else None
+        key = key or (result.key if result else "")
         compared = {name: results[name] for name in stage.against} if result else {}
         changes = {name: change(stage.lifts, other, result) for name, other in compared.items() if other and result}
         seconds = None if known is None else known["seconds"]
@@ -83,11 +97,11 @@ def rows_of(graph: Graph, state: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     return rows
 
 
-def result_of(stage: Stage) -> Result | None:
-    """What the benchmark said of the stage's model; the first one's result, where there were several benchmarks."""
+def result_of(stage: Stage, key: str) -> Result | None:
+    """What a benchmark said of the stage's model: that of the other stages, where it was asked."""
     folder = stage.folder / SCORES if stage.makes_a_pipeline else stage.folder
-    found = sorted(folder.glob("*/result.json"))
-    return read_result(found[0].parent) if found else None
+    results = [read_result(path.parent) for path in sorted(folder.glob("*/result.json"))]
+    return next((result for result in results if result.key == key), results[0] if results else None)
 
 
 def cost_of(folder: Path) -> Cost | None:
@@ -95,34 +109,61 @@ def cost_of(folder: Path) -> Cost | None:
     path = folder / "images" / TIMES
     if not path.is_file():
         return None
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = list(json_lines(path))
     pictures = sum(line["pictures"] for line in lines)
+    if not pictures:
+        return None
     evaluations = sum(line["evaluations"] * line["pictures"] for line in lines) / pictures
     return Cost(evaluations, sum(line["seconds"] for line in lines) / pictures)
 
 
-def change(lifts: Sequence[str], before: Result, after: Result) -> Difference:
-    """By how much the mean of `lifts` has changed, each a group of the benchmark or its overall score.
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """What the lines of a file hold; those that a kill or a full disk has torn are left out."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            if isinstance(found := json.loads(line), dict):
+                yield found
 
-    Their prompts are different ones, so the variances of their differences add up.
+
+def change(lifts: Sequence[str], before: Result, after: Result) -> Difference:
+    """By how much the mean of `lifts` has changed, each a group of the benchmark or its overall score (mode fixed).
+
+    Their prompts are different ones, so the variances of their differences add up. KeyError for a name that is none.
     """
     lines = common(before.prompts, after.prompts)
-    pairs = pairs_of(after.result["benchmark"], lines)
-    parts = []
-    for name in lifts:
-        own = pairs if name == OVERALL else [
-            pair._replace(stratum="") for pair in pairs_of("", [both for both in lines if both[0]["group"] == name])
-        ]  # fmt: skip
-        if part := paired_difference(own):
-            parts.append(part)
-    if not parts:
-        return Difference(math.nan, None, None)
+    parts = [wider(pairs_for(name, before.result["benchmark"], lines)) for name in lifts]
     value = math.fsum(part.value for part in parts) / len(parts)
     halves = [part.high - part.value for part in parts if part.high is not None]
-    if len(halves) < len(parts):
+    if not halves:
         return Difference(value, None, None)
     half = math.hypot(*halves) / len(parts)
     return Difference(value, value - half, value + half)
+
+
+def pairs_for(name: str, benchmark: str, lines: Sequence[tuple[Prompt, Prompt]]) -> list[tuple[Pair, str]]:
+    """The prompts' scores behind a name, each with its id."""
+    if name == OVERALL:
+        judged = [both for both in lines if benchmark not in BY_TASK or both[0]["group"] in geneval.TASKS]
+        return [(pair, both[0]["prompt_id"]) for pair, both in zip(pairs_of(benchmark, judged), judged, strict=True)]
+    weight = WEIGHTS.get(benchmark, lambda line: 1.0)
+    found = [
+        (Pair("", first["prompt"], weight(first), first["score"], second["score"]), first["prompt_id"])
+        for first, second in lines
+        if first["group"] == name
+    ]
+    if not found:
+        raise KeyError(name)
+    return found
+
+
+def wider(pairs: Sequence[tuple[Pair, str]]) -> Difference:
+    """The difference with the wider of two intervals: clustered by sentence, and by prompt. A benchmark of few
+    sentences, each drawn many times, may have clusters that agree by chance."""
+    told = paired_difference([pair for pair, _ in pairs])
+    each = paired_difference([pair._replace(prompt=identity) for pair, identity in pairs])
+    if told is None or each is None:
+        return Difference(math.nan, None, None)
+    return max(told, each, key=lambda one: 0.0 if one.high is None else one.high - one.value)
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
@@ -137,18 +178,17 @@ def page(graph: Graph, rows: Sequence[Row]) -> str:
     parts = [
         f"<h1>{escape(graph.name)}</h1>",
         f"<p>{finished} of {len(rows)} stages are finished, after {minutes(work)} minutes of work. A score is of what "
-        "the stage is for, with its 95 % interval, clustered by prompt. A change is of the mean of these, on the same "
-        "prompts and noise; its interval is of the prompts' own differences. Evaluations: of the network, for a "
-        "picture.</p>",
+        "the stage is for, with its 95 % interval, clustered by prompt. A change is of the mean of these, prompt by "
+        "prompt; its interval is of the prompts' own differences, and missing where no prompt differs. "
+        "Evaluations of the network are those for one picture.</p>",
         html_table(summary(rows)),
         *notes,
-        "<h2>The same prompts and noise, stage by stage</h2>",
-        pictures(judged) if judged else "<p>None yet.</p>",
-        "<h2>Scores</h2>",
-        html_table(score_table(judged)) if judged else "<p>None yet.</p>",
-        "<h2>Curves</h2>",
-        *(curve_section(row) for row in rows if row.stage.makes_a_pipeline),
     ]
+    if judged:
+        parts += ["<h2>The same prompts, stage by stage</h2>", pictures(judged)]
+        parts += ["<h2>Scores</h2>", html_table(score_table(judged))]
+    if curves := [section for row in rows if (section := curve_section(row))]:
+        parts += ["<h2>Curves</h2>", *curves]
     return document(graph.name, "".join(parts), TABLE_STYLE + STYLE)
 
 
@@ -187,8 +227,8 @@ def score_table(rows: Sequence[Row]) -> list[list[str]]:
     lines = []
     for row in rows:
         scores = row.scores()
-        told = [with_interval(*scores[name], 2) if name in scores else "" for name in columns]
-        lines.append([row.stage.name, *told])
+        cells = [with_interval(*scores[name], 2) if name in scores else "" for name in columns]
+        lines.append([row.stage.name, *cells])
     return [["stage", *columns], *lines]
 
 
@@ -199,7 +239,8 @@ def pictures(judged: Sequence[Row]) -> str:
     head = "".join(f"<th>{escape(prompt)}</th>" for prompt in prompts)
     lines = []
     for row, found in zip(judged, shown, strict=True):
-        score = escape(with_interval(*row.scores()[OVERALL], 2))
+        scores = row.scores()
+        score = escape(with_interval(*scores[OVERALL], 2)) if OVERALL in scores else "none"
         cost = f"<br>{row.cost.evaluations:.4g} evaluations" if row.cost else ""
         cells = [reduced(found[prompt], CELL, prompt) if prompt in found else "" for prompt in prompts]
         images = "".join(f"<td>{image}</td>" for image in cells)
@@ -232,7 +273,7 @@ def curve_section(row: Row) -> str:
         return ""
     plot = Figure(figsize=(9, 2.2), layout="tight")
     axes = plot.subplots()
-    axes.plot(*zip(*points, strict=True), color="#2244aa", linewidth=1.5)
+    axes.plot(*zip(*points, strict=True), color="#2244aa", linewidth=1.5, marker="o" if len(points) == 1 else None)
     axes.set(xlabel="step", ylabel=name)
     buffer = io.BytesIO()
     plot.savefig(buffer, format="png", dpi=100)
@@ -243,8 +284,9 @@ def curve(folder: Path) -> tuple[str, list[tuple[int, float]]]:
     """The name and the points (step, value) of a run's most telling curve, as it was logged; none where nothing was."""
     if not (folder / RUN_FILE).is_file():
         return "", []
+    records = folder / SPOOL_FOLDER / read_json(folder / RUN_FILE)["run_id"] / "records.jsonl"
     curves: dict[str, dict[int, float]] = {}
-    for record, _ in Spool(folder / SPOOL_FOLDER / read_json(folder / RUN_FILE)["run_id"]).read():
+    for record in json_lines(records) if records.is_file() else ():
         if record["kind"] == "metrics":
             for name, value in record["values"].items():
                 if math.isfinite(value):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from evaluation.benchmarks import geneval
 from zimage_lit.cli import TASKS
-from zimage_lit.config import compose, did_you_mean, settings_from
+from zimage_lit.config import compose, did_you_mean, one_line, settings_from
 from zimage_lit.errors import UserError
 from zimage_lit.files import read_json, write_atomically
 from zimage_lit.graph import OVERALL, SCORES, Graph, Stage, fingerprints, read_graph, typed
@@ -108,6 +109,7 @@ def run_graph(name: str, overrides: Sequence[str], options: GraphOptions) -> int
     try:
         code = run_missing(graph, prints, state, logger, options.only)
     finally:
+        write_report(graph, prints, state, logger)
         logger.finalize("failed" if code else "success")
     return code
 
@@ -125,27 +127,42 @@ def run_missing(
         else:
             print(f"{heading}: {stage.folder}", flush=True)
             if code := run_stage(stage, graph, prints[stage.name], state, logger):
+                why = "was stopped" if code > 128 else f"ended with code {code}, for the reason above"
                 print(
-                    f"{stage.name} ended with code {code}, for the reason above; the stages before it are kept, and "
-                    "the same command goes on with it.",
+                    f"{stage.name} {why}; the stages before it are kept, and the same command goes on with it.",
                     file=sys.stderr,
                 )
                 return code
-        if not state.stages[stage.name]["reported"]:
-            report(graph, state, logger, number - 1)
+        if not state.stages[stage.name].get("reported"):
+            report(graph, prints, state, logger, number - 1)
             state.stages[stage.name]["reported"] = True
             state.write()
     return 0
 
 
-def report(graph: Graph, state: State, logger: ResilientMLFlowLogger, place: int) -> None:
-    """report.html as it is now; the scores and pictures of the stage at `place`, just finished, for the graph's run."""
-    from zimage_lit.graph_report import page, rows_of, stage_grid
+def write_report(graph: Graph, prints: Mapping[str, str], state: State, logger: ResilientMLFlowLogger) -> None:
+    """report.html as it is now. The stages' work is done whether it can be told or not: what is wrong is said."""
+    from zimage_lit.graph_report import page, rows_of
 
-    rows = rows_of(graph, state.stages)
-    told = page(graph, rows)
-    write_atomically(graph.folder / REPORT, told)
+    try:
+        told = page(graph, rows_of(graph, state.stages, prints))
+        write_atomically(graph.folder / REPORT, told)
+    except (UserError, OSError, KeyError, TypeError, ValueError) as error:
+        print(f"{graph.folder / REPORT} could not be written: {one_line(error)}", file=sys.stderr)
+        return
     logger.log_text(told, REPORT)
+    print(f"report: {graph.folder / REPORT}")
+
+
+def report(graph: Graph, prints: Mapping[str, str], state: State, logger: ResilientMLFlowLogger, place: int) -> None:
+    """The scores and pictures of the stage at `place`, just finished, for the graph's run."""
+    from zimage_lit.graph_report import rows_of, stage_grid
+
+    try:
+        rows = rows_of(graph, state.stages, prints)
+    except (UserError, OSError, KeyError, TypeError, ValueError) as error:
+        print(f"{graph.stages[place].name} cannot be told of: {one_line(error)}", file=sys.stderr)
+        return
     row = rows[place]
     figures = {f"stages/{name}": score for name, (score, _, _) in row.scores().items()}
     if row.cost:
@@ -175,8 +192,12 @@ def run_stage(stage: Stage, graph: Graph, fingerprint: str, state: State, logger
         state.note(stage, fingerprint, status, now - clock)
         clock = now
 
+    def beat() -> None:
+        with suppress(UserError, OSError):  # a full disk for a moment is no reason to end a training
+            note()
+
     for words in commands:
-        code = run_command(words, environment, note)
+        code = run_command(words, environment, beat)
         note("finished" if code == 0 and words is commands[-1] else "running")
         if code:
             return code
@@ -259,6 +280,7 @@ def check_stages(graph: Graph) -> None:
 
 def check_purposes(graph: Graph) -> None:
     """UserError for what stages are said to lift, where nothing judges it."""
+    from evaluation.report.difference import NOT_THE_HEADLINE
     from evaluation.suite import parts_of
 
     lifting = [stage for stage in graph.stages if stage.lifts]
@@ -268,13 +290,27 @@ def check_purposes(graph: Graph) -> None:
         return
     benchmarks = graph.score.get("benchmark", "")
     names = benchmarks if isinstance(benchmarks, list) else [str(benchmarks)]
-    first = parts_of(names, graph.score.get("language"))[0]
-    groups = getattr(first.module, "TASKS", None)  # of benchmarks whose score is of tasks
+    try:
+        first, *others = parts_of(names, graph.score.get("language"))
+    except UserError as error:
+        raise UserError(f"score: {error}") from None
+    if others:
+        raise UserError("score is of one benchmark in one language: give score.benchmark one name, and score.language.")
+    if lifting and first.benchmark in NOT_THE_HEADLINE:
+        raise UserError(f"stages.{lifting[0].name}.lifts: {first.title} has no score whose changes can be told.")
+    groups = getattr(first.module, "TASKS", ())  # of benchmarks whose score is of tasks
     for stage in lifting:
+        if len(set(stage.lifts)) < len(stage.lifts) or (OVERALL in stage.lifts and set(stage.lifts) & part_of(first)):
+            raise UserError(f"stages.{stage.name}.lifts names something twice: name each group once.")
         for name in stage.lifts:
-            if groups is not None and name not in (OVERALL, *groups):
+            if name not in (OVERALL, *groups):
                 meant = did_you_mean(name, [OVERALL, *groups], listing="it has")
                 raise UserError(f"stages.{stage.name}.lifts names {name!r}, no score of {first.title}{meant}")
+
+
+def part_of(benchmark: Any) -> set[str]:
+    """The groups whose mean is the benchmark's overall score."""
+    return set(geneval.TASKS) if hasattr(benchmark.module, "TASKS") else set()
 
 
 def check_inputs(stage: Stage, graph: Graph, prints: Mapping[str, str], state: State) -> None:

@@ -59,11 +59,16 @@ def merge_task(settings: dict[str, Any]) -> None:
     asked = settings_from(MergeSettings, settings)
     mixes, score = mixes_of(asked), scorer(asked.score)
     output = Path(asked.output)
-    rows = earlier_rows(output, asked)
-    if not rows:
+    earlier = earlier_table(output, asked)
+    if earlier and earlier["best"] is not None and (output / "pipeline/model_index.json").is_file():
+        print(f"{output / 'pipeline'} is made already: give overwrite=true to make it again")
+        return
+    rows = earlier["rows"] if earlier else []
+    if earlier is None:
         check_output(output, "pipeline", asked.overwrite)
     sources = [open_source(variant, asked.tracking_uri) for variant in asked.variants]
     pipeline = check_alike(sources)
+    write_table(output, asked, rows)  # from here on the folder is known as this merge's
     if score is not None:
         rows = score_all(asked, mixes, score, sources, rows)
     best = best_mix(rows, asked.metric) if asked.sweep else mixes[0]
@@ -233,14 +238,13 @@ def best_mix(rows: list[dict[str, Any]], metric: str | None) -> Mix:
 # ------------------------------------------------------------------------------------------------------------- table
 
 
-def earlier_rows(output: Path, asked: MergeSettings) -> list[dict[str, Any]]:
-    """The rows of the same sweep that was broken off in this folder."""
+def earlier_table(output: Path, asked: MergeSettings) -> dict[str, Any] | None:
+    """merge.json of the same merge, finished or broken off, in this folder."""
     path = output / "merge.json"
     if asked.overwrite or not path.is_file():
-        return []
-    table = read_json(path, "give overwrite=true to begin again")
-    unfinished = table.get("settings") == compared(asked) and table.get("best") is None
-    return table["rows"] if unfinished else []
+        return None
+    table: dict[str, Any] = read_json(path, "give overwrite=true to begin again")
+    return table if table.get("settings") == compared(asked) and table.get("metric") == asked.metric else None
 
 
 def compared(asked: MergeSettings) -> dict[str, Any]:

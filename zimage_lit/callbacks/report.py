@@ -62,15 +62,16 @@ class HTMLReport(Callback):
 
     def page(self, trainer: Trainer, folder: Path) -> str:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+        samples = sorted((folder / "samples").glob("*.png"))
         scores = next((c.history for c in callbacks if isinstance(c, TinyWorldScore)), [])
         parts = [
             f"<h1>{html.escape(folder.name)}</h1>",
             f"<p>{trainer.global_step} optimiser steps, {parameters(trainer):,} trained parameters.</p>",
-            "<h2>Samples while it learns</h2>",
-            *[figure(path.read_bytes(), step_of(path)) for path in chosen(sorted((folder / "samples").glob("*.png")))],
+            "<h2>Samples while it learns</h2>" if samples else "",
+            *[figure(path.read_bytes(), step_of(path)) for path in chosen(samples)],
             "<h2>Scores</h2>" + score_table(scores) if scores else "",
             "<h2>Loss</h2>",
-            figure(loss_curve(self.losses), "mean squared error of the velocity"),
+            figure(loss_curve(self.losses), "the stage's loss, and its mean over a twentieth of the run"),
             "<h2>Settings</h2>",
             f"<pre>{html.escape(config_text(folder))}</pre>",
         ]
@@ -111,7 +112,7 @@ def loss_curve(losses: list[tuple[int, float]]) -> bytes:
     smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
     plot = Figure(figsize=(9, 3.5), layout="tight")
     axes = plot.subplots()
-    axes.plot(steps, values, color="#bbccee", linewidth=1)
+    axes.plot(steps, values, color="#bbccee", linewidth=1, marker="o" if len(values) == 1 else None)
     axes.plot(steps, smooth, color="#2244aa", linewidth=2)
     axes.set(xlabel="step", ylabel="train/loss", yscale="log")
     buffer = io.BytesIO()
