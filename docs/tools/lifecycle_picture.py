@@ -1,4 +1,4 @@
-"""The README's picture from a finished lifecycle: the same prompts and noise, a row for each stage.
+"""The guide's picture of a lifecycle: the same prompts, a row for each stage that is finished.
 
 python docs/tools/lifecycle_picture.py outputs/lifecycle docs/images/lifecycle.png
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from zimage_lit.graph import read_graph
+from zimage_lit.graph import fingerprints, read_graph
 from zimage_lit.graph_report import Row, rows_of, shown_pictures
 from zimage_lit.graph_run import State
 
@@ -18,7 +18,8 @@ LEFT_OUT = ("evaluate",)  # on other noise
 
 def main(folder: Path, target: Path) -> None:
     graph = read_graph("lifecycle", [f"run.output_dir={folder}"])
-    rows = [row for row in rows_of(graph, State.of(folder).stages) if row.result and row.stage.name not in LEFT_OUT]
+    known = rows_of(graph, State.of(folder).stages, fingerprints(graph))
+    rows = [row for row in known if row.result and row.stage.name not in LEFT_OUT]
     shown = [shown_pictures(row, rows[0]) for row in rows]
     prompts = list(shown[0])
     picture = Image.new("RGB", (LEFT + len(prompts) * (CELL + GAP), TOP + len(rows) * (CELL + GAP)), "white")
@@ -30,8 +31,9 @@ def main(folder: Path, target: Path) -> None:
         y = TOP + line * (CELL + GAP)
         draw.multiline_text((8, y + 18), label(row), fill="black", font=font, spacing=5)
         for column, prompt in enumerate(prompts):
-            small = found[prompt].resize((CELL, CELL), Image.Resampling.NEAREST)
-            picture.paste(small, (LEFT + column * (CELL + GAP), y))
+            if prompt in found:
+                small = found[prompt].resize((CELL, CELL), Image.Resampling.NEAREST)
+                picture.paste(small, (LEFT + column * (CELL + GAP), y))
     picture.save(target)
 
 
