@@ -5,7 +5,7 @@
 Every step keeps what is done as soon as it is done and leaves it alone when it comes again: a command that was killed
 at any moment goes on when it is given again, and ends with the same files.
 
-output/<benchmark>/images/                what the model drew, and manifest.json: how
+output/<benchmark>/images/                what the model drew; manifest.json: how, times.jsonl: in what time
 output/<benchmark>/pictures.jsonl         what was seen of each prompt's pictures: hashes, and what is lost
 output/<benchmark>/judgements/*.jsonl     what each judge said, by pictures and question
 output/<benchmark>/prompts.jsonl, result.json    see scoring.py
