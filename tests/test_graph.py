@@ -274,6 +274,19 @@ def test_a_graph_of_an_earlier_version_goes_on(life, asked):
     assert run("life") == 0 and not asked
 
 
+def test_the_page_is_there_while_later_stages_run(life, asked, monkeypatch):
+    works, seen = graph_run.run_command, []
+
+    def look(words: list[str], environment: object, beat: object) -> int:
+        page = life / "outputs/life/report.html"
+        seen.append(page.read_text() if page.is_file() else "")
+        return works(words, environment, beat)
+
+    monkeypatch.setattr(graph_run, "run_command", look)
+    run("life")
+    assert seen[0] == "" and [f"{number} of 4 stages" in seen[number] for number in (1, 2, 3)] == [True] * 3
+
+
 def test_a_report_that_cannot_be_made_is_said_and_ends_nothing(life, asked, monkeypatch, capsys):
     from zimage_lit import graph_report
 
@@ -287,6 +300,7 @@ def test_a_report_that_cannot_be_made_is_said_and_ends_nothing(life, asked, monk
 
 def test_the_page_is_made_again_each_time(life, asked, capsys):
     run("life")
+    assert "4 of 4 stages" in (life / "outputs/life/report.html").read_text()
     (life / "outputs/life/report.html").unlink()
     assert run("life") == 0 and (life / "outputs/life/report.html").is_file()
     assert "report: outputs/life/report.html" in capsys.readouterr().out

@@ -21,11 +21,11 @@ from data_modules.preparation import PrepareSettings, prepare
 from zimage_lit import cli
 from zimage_lit.backbone import S3DiT
 from zimage_lit.components import FluxVAECodec, build_tiny_qwen3
-from zimage_lit.config import compose, list_experiments
+from zimage_lit.config import compose, is_graph, list_experiments
 from zimage_lit.pipeline import ZImagePipeline
 from zimage_lit.stages.initial_weights import backbone_config
 
-NAMES = [name for name in list_experiments() if name.startswith("z-image-6b/")]
+NAMES = [name for name in list_experiments() if name.startswith("z-image-6b/") and not is_graph(name)]
 CHAIN = ["low-res", "omni", "sft"]  # each begins where the one before it ended
 KINDS = ("long", "medium", "short", "user", "metadata", "enhanced")
 

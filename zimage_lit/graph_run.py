@@ -109,7 +109,8 @@ def run_graph(name: str, overrides: Sequence[str], options: GraphOptions) -> int
     try:
         code = run_missing(graph, prints, state, logger, options.only)
     finally:
-        write_report(graph, prints, state, logger)
+        if write_report(graph, prints, state, logger):
+            print(f"report: {graph.folder / REPORT}")
         logger.finalize("failed" if code else "success")
     return code
 
@@ -135,13 +136,15 @@ def run_missing(
                 return code
         if not state.stages[stage.name].get("reported"):
             report(graph, prints, state, logger, number - 1)
+            write_report(graph, prints, state, logger)
             state.stages[stage.name]["reported"] = True
             state.write()
     return 0
 
 
-def write_report(graph: Graph, prints: Mapping[str, str], state: State, logger: ResilientMLFlowLogger) -> None:
-    """report.html as it is now. The stages' work is done whether it can be told or not: what is wrong is said."""
+def write_report(graph: Graph, prints: Mapping[str, str], state: State, logger: ResilientMLFlowLogger) -> bool:
+    """report.html as it is now. The stages' work is done whether it can be told or not: what is wrong is said, and the
+    answer is False."""
     from zimage_lit.graph_report import page, rows_of
 
     try:
@@ -149,9 +152,9 @@ def write_report(graph: Graph, prints: Mapping[str, str], state: State, logger: 
         write_atomically(graph.folder / REPORT, told)
     except (UserError, OSError, KeyError, TypeError, ValueError) as error:
         print(f"{graph.folder / REPORT} could not be written: {one_line(error)}", file=sys.stderr)
-        return
+        return False
     logger.log_text(told, REPORT)
-    print(f"report: {graph.folder / REPORT}")
+    return True
 
 
 def report(graph: Graph, prints: Mapping[str, str], state: State, logger: ResilientMLFlowLogger, place: int) -> None:
