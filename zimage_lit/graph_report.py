@@ -34,7 +34,7 @@ from evaluation.report.results import Prompt, Result, read_result
 from zimage_lit.files import read_json
 from zimage_lit.graph import OVERALL, SCORES, Graph, Stage
 from zimage_lit.grids import labelled_grid
-from zimage_lit.pages import data_uri, document, reduced
+from zimage_lit.pages import document, figure, reduced
 from zimage_lit.tables import STYLE as TABLE_STYLE
 from zimage_lit.tables import html_table, with_interval
 from zimage_lit.tracking import RUN_FILE, SPOOL_FOLDER
@@ -293,8 +293,3 @@ def curve(folder: Path) -> tuple[str, list[tuple[int, float]]]:
                     curves.setdefault(name, {})[record["step"]] = value
     name = next((metric for start in CURVES for metric in sorted(curves) if metric.startswith(start)), "")
     return name, sorted(curves.get(name, {}).items())
-
-
-def figure(png: bytes, caption: str) -> str:
-    text = escape(caption)
-    return f"<figure><img alt='{text}' src='{data_uri(png, 'PNG')}'><figcaption>{text}</figcaption></figure>"

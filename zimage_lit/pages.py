@@ -31,6 +31,12 @@ def data_uri(content: bytes, form: str) -> str:
     return f"data:image/{form.lower()};base64,{base64.b64encode(content).decode()}"
 
 
+def figure(png: bytes, caption: str) -> str:
+    """A PNG with its caption below."""
+    text = escape(caption)
+    return f"<figure><img alt='{text}' src='{data_uri(png, 'PNG')}'><figcaption>{text}</figcaption></figure>"
+
+
 def reduced(picture: Image.Image, longest: int, alt: str) -> str:
     """The <img> of a picture of at most `longest` pixels a side; small ones are kept to the pixel (class `small`)."""
     small = max(picture.size) <= SMALL

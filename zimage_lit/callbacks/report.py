@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from zimage_lit.callbacks.tinyworld_score import TinyWorldScore
 from zimage_lit.errors import at_least_one
 from zimage_lit.files import write_atomically
-from zimage_lit.pages import data_uri, document
+from zimage_lit.pages import document, figure
 
 matplotlib.use("Agg")
 
@@ -98,11 +98,6 @@ def chosen(paths: list[Path], most: int = 6) -> list[Path]:
 
 def step_of(path: Path) -> str:
     return f"step {int(path.stem.split('-')[1])}"
-
-
-def figure(png: bytes, caption: str) -> str:
-    text = html.escape(caption)
-    return f"<figure><img alt='{text}' src='{data_uri(png, 'PNG')}'><figcaption>{text}</figcaption></figure>"
 
 
 def loss_curve(losses: list[tuple[int, float]]) -> bytes:
