@@ -10,7 +10,7 @@ from typing import Any
 
 from zimage_lit.config import compose, settings_from
 from zimage_lit.errors import UserError
-from zimage_lit.validate import check_component
+from zimage_lit.validate import check_component, instantiate
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,11 @@ def data_task(settings: dict[str, Any]) -> None:
 
 def data_module(experiment: str, folder: Path) -> Any:
     """An experiment's data module, for data in `folder`; UserError where it does not make its data by itself."""
-    from jsonargparse import ArgumentParser
     from lightning import LightningDataModule
 
     config = compose(experiment, [f"data.init_args.data_dir={folder}"])
     check_component("data", config["data"], partial=False)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningDataModule, "data")
-    module = parser.instantiate(parser.parse_object({"data": config["data"]})).data
+    module = instantiate("data", LightningDataModule, config["data"])
     if type(module).prepare_data is LightningDataModule.prepare_data:
         raise UserError(
             f"{experiment} reads data that are there ({type(module).__name__}): make them with lightning run prepare."

@@ -34,8 +34,7 @@ QUICK = {
     "stages.pairs.set.objective": "brightness",
     "stages.pairs.set.rewards.bright.class_path": "zimage_lit.rewards.controls.Brightness",
     "stages.evaluate.set.prompts": 1,
-    **{f"stages.{name}.run": f"small/{name}" for name in ("low-res", "omni")},
-    **{f"stages.{name}.run": f"small/{name}" for name in ("sft-words", "sft-counting")},
+    **{f"stages.{name}.run": f"small/{name}" for name in ("low-res", "omni", "sft-words", "sft-counting")},
     **{
         f"stages.{name}.set.trainer.max_steps": 2
         for name in ("low-res", "omni", "sft-words", "sft-counting", "decoupled-dmd", "dmdr", "dpo", "grpo")

@@ -83,9 +83,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Itera
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zimage_lit.tracking.SEND_EVERY", 0.1)
-    monkeypatch.setenv(
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"
-    )  # a killed server refuses at once, a busy one may be slow
+    # a killed server refuses at once, a busy one may be slow
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
 class Line(pl.LightningModule):

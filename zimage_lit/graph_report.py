@@ -14,7 +14,6 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -39,7 +38,6 @@ from zimage_lit.tables import STYLE as TABLE_STYLE
 from zimage_lit.tables import html_table, with_interval
 from zimage_lit.tracking import RUN_FILE, SPOOL_FOLDER
 
-matplotlib.use("Agg")
 CELL = 96  # pixels of a picture in a row
 MOST_PROMPTS = 10  # pictures in a row, of as many groups of the benchmark
 STYLE = """

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +31,9 @@ from zimage_lit.files import read_json, write_atomically
 from zimage_lit.graph import OVERALL, SCORES, Graph, Stage, fingerprints, read_graph, typed
 from zimage_lit.run_folder import set_aside
 from zimage_lit.tracking import RUN_FILE, TAGS_VARIABLE, ResilientMLFlowLogger
+
+if TYPE_CHECKING:
+    from zimage_lit.graph_report import Row
 
 STATE, REPORT = "graph.json", "report.html"
 HEARTBEAT = 10.0  # seconds between two notes of how long a stage has been at work: what a kill can lose of that
@@ -136,35 +139,33 @@ def run_missing(
                 return code
         if not state.stages[stage.name].get("reported"):
             report(graph, prints, state, logger, number - 1)
-            write_report(graph, prints, state, logger)
             state.stages[stage.name]["reported"] = True
             state.write()
     return 0
 
 
-def write_report(graph: Graph, prints: Mapping[str, str], state: State, logger: ResilientMLFlowLogger) -> bool:
-    """report.html as it is now. The stages' work is done whether it can be told or not: what is wrong is said, and the
-    answer is False."""
+def write_report(graph: Graph, prints: Mapping[str, str], state: State, logger: ResilientMLFlowLogger) -> "list[Row]":
+    """report.html as it is now; its rows. The stages' work is done whether it can be told or not: what is wrong is
+    said, and there are no rows."""
     from zimage_lit.graph_report import page, rows_of
 
     try:
-        told = page(graph, rows_of(graph, state.stages, prints))
+        rows = rows_of(graph, state.stages, prints)
+        told = page(graph, rows)
         write_atomically(graph.folder / REPORT, told)
     except (UserError, OSError, KeyError, TypeError, ValueError) as error:
         print(f"{graph.folder / REPORT} could not be written: {one_line(error)}", file=sys.stderr)
-        return False
+        return []
     logger.log_text(told, REPORT)
-    return True
+    return rows
 
 
 def report(graph: Graph, prints: Mapping[str, str], state: State, logger: ResilientMLFlowLogger, place: int) -> None:
-    """The scores and pictures of the stage at `place`, just finished, for the graph's run."""
-    from zimage_lit.graph_report import rows_of, stage_grid
+    """The page, and the scores and pictures of the stage at `place`, just finished, for the graph's run."""
+    from zimage_lit.graph_report import stage_grid
 
-    try:
-        rows = rows_of(graph, state.stages, prints)
-    except (UserError, OSError, KeyError, TypeError, ValueError) as error:
-        print(f"{graph.stages[place].name} cannot be told of: {one_line(error)}", file=sys.stderr)
+    rows = write_report(graph, prints, state, logger)
+    if not rows:
         return
     row = rows[place]
     figures = {f"stages/{name}": score for name, (score, _, _) in row.scores().items()}

@@ -696,13 +696,12 @@ def sampling_of(config: dict[str, Any]) -> Any:
 def build_stage(settings: dict[str, Any]) -> Any:
     """The LightningModule of a run's config; its backbone starts fresh where a checkpoint brings the weights, that is,
     but for the frozen ones of a LoRA."""
-    from jsonargparse import ArgumentParser
     from lightning import LightningModule
+
+    from zimage_lit.validate import instantiate
 
     arguments = dict(settings.get("init_args", {}))
     if not arguments.get("lora"):
         arguments |= {key: None for key in ("init_from", "student_init_from") if key in arguments}
     fresh = {**settings, "init_args": arguments}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningModule, "model")
-    return parser.instantiate(parser.parse_object({"model": fresh})).model
+    return instantiate("model", LightningModule, fresh)

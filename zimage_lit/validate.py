@@ -297,6 +297,14 @@ def build_dataclass(dataclass_type: Any, given: dict[str, Any], section: str) ->
     return parser.instantiate(parser.parse_object({"settings": values})).settings
 
 
+def instantiate(key: str, base: type, component: dict[str, Any]) -> Any:
+    """What a `{class_path, init_args}` mapping names, a `base`. key: what the parser's errors call it; they, and the
+    constructor's, are the caller's to put into words."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, key)
+    return parser.instantiate(parser.parse_object({key: component}))[key]
+
+
 def as_text(value: Any, hint: Any) -> Any:
     """A number where text is wanted, as text; one text where a list of texts is wanted, as a list."""
     wanted = members(hint)

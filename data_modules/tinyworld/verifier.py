@@ -79,7 +79,7 @@ def judge(image: np.ndarray, metadata: Metadata) -> dict[str, Any]:
     Give the first kind to `evaluation.benchmarks.geneval.score`; words are no part of GenEval and are counted apart.
     A picture smaller than any that the world draws is one at half its resolution, and is enlarged before.
     """
-    if _checked(image).shape[0] < MIN_SIZE and image.shape[1] < MIN_SIZE:
+    if max(_checked(image).shape[:2]) < MIN_SIZE:
         image = _enlarged(image)
     if metadata["tag"] == "word":
         read = read_word(image)

@@ -185,9 +185,9 @@ def check_settings(asked: PairsSettings) -> None:
 
 def build_rewards(components: Mapping[str, Any]) -> list[RewardCallback]:
     """The rewards of a mapping from any names to class_path and init_args, in its order."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    from zimage_lit.validate import check_value
+    from zimage_lit.validate import check_value, instantiate
 
     if not components:
         raise UserError("rewards names no judge: give one as rewards.NAME.class_path=….")
@@ -199,10 +199,8 @@ def build_rewards(components: Mapping[str, Any]) -> list[RewardCallback]:
         check_value(place, component, RewardCallback)
         if "weight" in (component.get("init_args") or {}):
             raise UserError(f"{place}.init_args.weight has no effect on pairs, which weigh nothing: leave it out.")
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(RewardCallback, "reward")
         try:
-            built.append(parser.instantiate(parser.parse_object({"reward": component})).reward)
+            built.append(instantiate("reward", RewardCallback, component))
         except (ArgumentError, ValueError) as error:
             root = root_of(error)
             raise root if isinstance(root, UserError) else UserError(f"{place}: {one_line(root)}") from error
