@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from distillation import SMALL_STUDENT, SMALL_TEACHER
+from distillation import SHARED, SMALL_STUDENT, SMALL_TEACHER
 from docs_pages import DOCS, Walk, blocks_of, check_settings, free_port, lightning_run, run_words, started_by
 from lightning import Callback
 from torch import Tensor
@@ -29,13 +29,14 @@ TEXT = (DOCS / PAGE).read_text(encoding="utf-8")
 PORT = "8000"  # of the page's servers
 WRITTEN = ("my_rewards", "my_network", "my_kinds", "my_server")  # the page's files
 CURVES = "trainer.logger={class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: '${run.output_dir}'}}"
-SMALL = [
-    *SMALL_STUDENT,
+QUICK = [
     CURVES,
     "trainer.max_steps=1",
     "trainer.log_every_n_steps=1",
     *(f"trainer.callbacks.{name}=null" for name in ("score", "fidelity", "samples", "export", "report")),
 ]
+SMALL = [*SMALL_STUDENT, *QUICK]
+SMALL_GRPO = [*SHARED, *QUICK, "model.init_args.minibatches=2", "model.init_args.rollout.group_size=3"]
 
 
 class RewardsWalk(Walk):
@@ -59,7 +60,7 @@ class RewardsWalk(Walk):
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardsWalk]:
     """The page followed from its first block to its last, in a folder with the student that it takes for given."""
-    walk = RewardsWalk({"tiny/dmdr": SMALL})
+    walk = RewardsWalk({"tiny/dmdr": SMALL, "tiny/grpo": SMALL_GRPO})
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("docs-rewards")
         patch.chdir(folder)
@@ -99,8 +100,11 @@ def records(run: str) -> list[dict[str, Any]]:
 
 
 def test_every_command_is_followed(walk: RewardsWalk) -> None:
-    assert walk.count() == started_by(PAGE) == 3
-    assert [run_words(command)[0] for command in walk.ran] == ["tiny/dmdr", "tiny/dmdr"]
+    assert walk.count() == started_by(PAGE) == 4
+    assert [run_words(command)[0] for command in walk.ran] == ["tiny/grpo", "tiny/dmdr", "tiny/dmdr"]
+    assert {tuple(line["scores"]) for line in records("warm-grpo")} == {
+        ("tinyworld_all", "tinyworld_elements", "warmth")
+    }
 
 
 def test_a_file_of_ten_lines_is_a_reward_that_a_run_follows(walk: RewardsWalk) -> None:

@@ -189,6 +189,9 @@ def test_a_dry_run_tells_and_runs_nothing(life, asked, capsys, monkeypatch):
     assert "left, right" in rows["both"] and "merge" in rows["both"]
     run("life", "--dry-run", "stages.base.set.trainer.max_steps=4")
     assert "changed: to run anew" in capsys.readouterr().out
+    run("life", "--dry-run", "--only", "left")
+    out = capsys.readouterr().out
+    assert "left" in out and "right" not in out
 
 
 def test_what_a_stage_lifts_is_compared_with_what_it_begins_from(life):
@@ -268,7 +271,7 @@ def test_a_graph_of_an_earlier_version_goes_on(life, asked):
     path = life / "outputs/life/graph.json"
     state = json.loads(path.read_text())
     for stage in state["stages"].values():
-        del stage["reported"]
+        del stage["reported"], stage["judged_by"]
     path.write_text(json.dumps(state))
     asked.clear()
     assert run("life") == 0 and not asked
@@ -307,11 +310,56 @@ def test_the_page_is_made_again_each_time(life, asked, capsys):
 
 
 def test_pipelines_are_scored_alike(life):
-    stage = read_graph("life").stage("both")
-    assert graph_run.score_words(stage, {"benchmark": "tinyworld", "prompts": 4}) == [
+    graph = read_graph("life", ["score={benchmark: tinyworld, prompts: 4}"])
+    assert graph_run.score_words(graph.stage("both"), graph) == [
         "evaluate", "benchmark=tinyworld", "prompts=4", "model=outputs/life/both/pipeline", "name=both",
         "output=outputs/life/both/evaluation",
     ]  # fmt: skip
+
+
+def test_a_changed_score_judges_anew_what_was_made_before(life, asked):
+    score = "score={benchmark: tinyworld, language: en}"
+    other = "score={benchmark: tinyworld, language: zh}"
+    run("life", score)
+    assert names(asked) == ["base", "evaluation", "left", "evaluation", "right", "evaluation", "both", "evaluation"]
+    (life / "outputs/life/left/evaluation/mine").write_text("kept")
+    asked.clear()
+    assert run("life", score) == 0 and not asked
+    assert run("life", other) == 0
+    assert names(asked) == ["evaluation"] * 4 and all("language=zh" in words for words in asked)
+    assert (life / "outputs/life/left/evaluation.1/mine").read_text() == "kept"
+    asked.clear()
+    assert run("life") == 0 and not asked  # nothing is to judge
+    assert run("life", other) == 0 and not asked
+
+
+def test_scores_that_were_not_reached_are_all_that_is_missing(life, asked, monkeypatch, capsys):
+    works = graph_run.run_command
+
+    def fail(words: list[str], environment: object, beat: object) -> int:
+        works(words, environment, beat)
+        return 1 if words[0] == "evaluate" else 0
+
+    monkeypatch.setattr(graph_run, "run_command", fail)
+    score = "score={benchmark: tinyworld, language: en}"
+    assert run("life", score) == 1
+    assert names(asked) == ["base", "evaluation"]
+    monkeypatch.setattr(graph_run, "run_command", works)
+    asked.clear()
+    run("life", "--dry-run", score)
+    assert "to judge" in capsys.readouterr().out
+    assert run("life", "--only", "left", score) == 0  # what it begins from is there
+    assert run("life", score) == 0
+    assert names(asked)[:5] == ["left", "evaluation", "evaluation", "right", "evaluation"]
+    assert not (life / "outputs/life/base/evaluation.1").exists()  # it was of the same settings
+
+
+def test_two_commands_do_not_work_on_one_graph_at_once(life, asked, capsys):
+    with graph_run.alone_in(life / "outputs/life"):
+        assert run("life") == 2 and not asked
+        assert "another command is at work in outputs/life: wait for its end" in capsys.readouterr().err
+        assert run("life", "--dry-run") == 0
+    assert run("life") == 0
 
 
 def test_the_stages_of_a_graph_are_runs_below_its_own(life):
@@ -326,6 +374,7 @@ def test_the_stages_of_a_graph_are_runs_below_its_own(life):
         [sys.executable, "-m", "zimage_lit", "run", "life"], cwd=life, env=environment(), capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
+    assert process.stdout.count("Compare runs by") == 1
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{life}/outputs/mlflow.db")

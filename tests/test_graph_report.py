@@ -13,7 +13,7 @@ from scipy.stats import t as student
 from evaluation.report.difference import common, paired_difference, pairs_of
 from evaluation.report.results import read_result
 from zimage_lit.graph import Graph, Stage
-from zimage_lit.graph_report import change, curve, page, rows_of, shown_pictures, stage_grid
+from zimage_lit.graph_report import change, curves_of, page, rows_of, shown_pictures, stage_grid
 from zimage_lit.spool import Spool
 
 KEY = "tinyworld-en"
@@ -201,8 +201,8 @@ def test_a_stage_s_pictures_are_those_of_the_first_one_s_prompts(graph):
     assert stage_grid(late, base) is None
 
 
-def test_the_curve_is_the_most_telling_one_that_was_logged(tmp_path):
-    assert curve(tmp_path) == ("", [])
+def test_the_curves_are_the_most_telling_ones_that_were_logged(tmp_path):
+    assert curves_of(tmp_path) == {}
     (tmp_path / "mlflow_run.json").write_text('{"run_id": "abc"}')
     spool = Spool(tmp_path / "mlflow_spool/abc")
     for step, values in (
@@ -212,9 +212,10 @@ def test_the_curve_is_the_most_telling_one_that_was_logged(tmp_path):
     ):
         spool.append({"kind": "metrics", "step": step, "time": 0, "values": values})
     spool.append({"kind": "status", "status": "FINISHED", "time": 0})
-    assert curve(tmp_path) == ("train/loss", [(20, 0.5), (40, 0.4)])
-    spool.append({"kind": "metrics", "step": 5, "time": 0, "values": {"reward/right": 0.25}})
-    assert curve(tmp_path) == ("reward/right", [(5, 0.25)])
+    assert curves_of(tmp_path) == {"train/loss": [(20, 0.5), (40, 0.4)]}
+    rewards = {"reward/right": 0.25, "reward/right_std": 0.5, "reward/right_invalid": 0.0, "reward/gold": 0.5}
+    spool.append({"kind": "metrics", "step": 5, "time": 0, "values": rewards})
+    assert curves_of(tmp_path) == {"reward/gold": [(5, 0.5)], "reward/right": [(5, 0.25)]}
 
 
 def test_results_and_pictures_are_found_where_stages_leave_them(graph):

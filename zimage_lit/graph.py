@@ -85,6 +85,10 @@ class Graph:
     experiment_name: str = "zimage-lit"
     tracking_uri: str | None = None
 
+    def judged_by(self, stage: Stage) -> str:
+        """The fingerprint of the settings of `score`; empty for a stage that they do not judge."""
+        return digest(self.score) if self.score is not None and stage.makes_a_pipeline else ""
+
     def stage(self, name: str) -> Stage:
         """The stage of that name; UserError where there is none."""
         named = {stage.name: stage for stage in self.stages}
@@ -195,7 +199,7 @@ OmegaConf.register_resolver("stage", handed_on, replace=True)
 
 
 def fingerprints(graph: Graph) -> dict[str, str]:
-    """Of each stage: what it is made of (its settings, and all that it begins from), in 16 hexadecimal digits."""
+    """Of each stage the digest of what it is made of: its settings, and all that it begins from."""
     found: dict[str, str] = {}
     for stage in graph.stages:
         settings: Mapping[str, Any] = stage.settings
@@ -204,9 +208,13 @@ def fingerprints(graph: Graph) -> dict[str, str]:
             settings = {k: v for k, v in composed.items() if not any(fnmatch(k, pattern) for pattern in WATCHING)}
         if stage.runs == "data":
             settings = {name: compose(name)["data"] for name in stage.settings["experiments"]}
-        made_of = [stage.runs, settings, [found[name] for name in stage.begins_from]]
-        found[stage.name] = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+        found[stage.name] = digest([stage.runs, settings, [found[name] for name in stage.begins_from]])
     return found
+
+
+def digest(settings: Any) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def named_in(value: Any, folder: Path) -> bool:

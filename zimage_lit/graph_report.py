@@ -4,7 +4,6 @@ Everything is read from the stages' folders, so the page can be written at any t
 row without figures.
 """
 
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
 from PIL import Image
 
 from evaluation.benchmarks import geneval
@@ -34,6 +32,7 @@ from zimage_lit.files import read_json
 from zimage_lit.graph import OVERALL, SCORES, Graph, Stage
 from zimage_lit.grids import labelled_grid
 from zimage_lit.pages import document, figure, reduced
+from zimage_lit.plots import is_mean_reward, line_plot
 from zimage_lit.tables import STYLE as TABLE_STYLE
 from zimage_lit.tables import html_table, with_interval
 from zimage_lit.tracking import RUN_FILE, SPOOL_FOLDER
@@ -44,8 +43,8 @@ STYLE = """
 .pictures td,.pictures th{white-space:normal;font-weight:400;font-size:13px;text-align:left;padding:.2rem .3rem}
 .pictures td:first-child{min-width:11rem}
 .pictures img{width:88px;max-width:none}.pictures img.small{image-rendering:pixelated}"""
-# The curve that says most about a training: the first of these that its run has logged.
-CURVES = ("reward/", "val/implicit_accuracy", "train/loss", "train/student_loss")
+# The curve that says most about a training without rewards: the first of these that its run has logged.
+CURVES = ("val/implicit_accuracy", "train/loss", "train/student_loss")
 
 
 class Cost(NamedTuple):
@@ -85,7 +84,8 @@ def rows_of(graph: Graph, state: Mapping[str, Mapping[str, Any]], fingerprints: 
         if known is not None and known["fingerprint"] != fingerprints[stage.name]:
             known = None
         finished = known is not None and known["status"] == "finished"
-        result = results[stage.name] = result_of(stage, key) if finished else None
+        judged = known is not None and known.get("judged_by", graph.judged_by(stage)) == graph.judged_by(stage)
+        result = results[stage.name] = result_of(stage, key) if finished and judged else None
         key = key or (result.key if result else "")
         compared = {name: results[name] for name in stage.against} if result else {}
         changes = {name: change(stage.lifts, other, result) for name, other in compared.items() if other and result}
@@ -266,28 +266,26 @@ def stage_grid(row: Row, first: Row) -> Image.Image | None:
 
 
 def curve_section(row: Row) -> str:
-    name, points = curve(row.stage.folder)
-    if not points:
+    found = curves_of(row.stage.folder)
+    if not found:
         return ""
-    plot = Figure(figsize=(9, 2.2), layout="tight")
-    axes = plot.subplots()
-    axes.plot(*zip(*points, strict=True), color="#2244aa", linewidth=1.5, marker="o" if len(points) == 1 else None)
-    axes.set(xlabel="step", ylabel=name)
-    buffer = io.BytesIO()
-    plot.savefig(buffer, format="png", dpi=100)
-    return figure(buffer.getvalue(), f"{row.stage.name}: {name}")
+    names = ", ".join(found)
+    return figure(line_plot(found, names if len(found) == 1 else "reward"), f"{row.stage.name}: {names}")
 
 
-def curve(folder: Path) -> tuple[str, list[tuple[int, float]]]:
-    """The name and the points (step, value) of a run's most telling curve, as it was logged; none where nothing was."""
+def curves_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The points (step, value) of a run's most telling curves by name, as they were logged: all rewards, or else the
+    first of CURVES; none where nothing was logged."""
     if not (folder / RUN_FILE).is_file():
-        return "", []
+        return {}
     records = folder / SPOOL_FOLDER / read_json(folder / RUN_FILE)["run_id"] / "records.jsonl"
-    curves: dict[str, dict[int, float]] = {}
+    logged: dict[str, dict[int, float]] = {}
     for record in json_lines(records) if records.is_file() else ():
         if record["kind"] == "metrics":
             for name, value in record["values"].items():
                 if math.isfinite(value):
-                    curves.setdefault(name, {})[record["step"]] = value
-    name = next((metric for start in CURVES for metric in sorted(curves) if metric.startswith(start)), "")
-    return name, sorted(curves.get(name, {}).items())
+                    logged.setdefault(name, {})[record["step"]] = value
+    chosen = [name for name in sorted(logged) if is_mean_reward(name)] or [name for name in CURVES if name in logged][
+        :1
+    ]
+    return {name: sorted(logged[name].items()) for name in chosen}

@@ -3,10 +3,12 @@
 A stage is a process of its own: it has all the memory, starts its own other processes, and goes on by itself where it
 was killed. What it is made of is its fingerprint (see graph.py), and `graph.json` in the graph's folder keeps that of
 every stage which was begun: a finished stage with the same fingerprint is not run again; one with another is set aside,
-nothing is deleted, and run anew, as is all that begins from it.
+nothing is deleted, and run anew, as is all that begins from it. Where only the settings of `score` have changed, the
+stages are judged anew and not run again.
 """
 
 import ctypes
+import fcntl
 import importlib
 import json
 import os
@@ -30,12 +32,13 @@ from zimage_lit.errors import UserError
 from zimage_lit.files import read_json, write_atomically
 from zimage_lit.graph import OVERALL, SCORES, Graph, Stage, fingerprints, read_graph, typed
 from zimage_lit.run_folder import set_aside
-from zimage_lit.tracking import RUN_FILE, TAGS_VARIABLE, ResilientMLFlowLogger
+from zimage_lit.tracking import PARENT, RUN_FILE, TAGS_VARIABLE, ResilientMLFlowLogger
 
 if TYPE_CHECKING:
     from zimage_lit.graph_report import Row
 
-STATE, REPORT = "graph.json", "report.html"
+STATE, LOCK, REPORT = "graph.json", "graph.lock", "report.html"
+RUNNING, MADE, FINISHED = "running", "made", "finished"  # of a stage; made: done with its work, not yet judged
 HEARTBEAT = 10.0  # seconds between two notes of how long a stage has been at work: what a kill can lose of that
 PARENT_DEATH = 1  # Linux's PR_SET_PDEATHSIG
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: little may be done between fork and exec
@@ -52,8 +55,8 @@ class GraphOptions:
 
 @dataclass
 class State:
-    """graph.json: of every stage that was begun its fingerprint, whether it is finished, the seconds it took, and
-    whether the report and the graph's run in MLflow know of it."""
+    """graph.json: of every stage that was begun its fingerprint, how far it is, the digest of the settings that judge
+    it, the seconds it took, and whether the report and the graph's run in MLflow know of it."""
 
     path: Path
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -64,21 +67,27 @@ class State:
         way_out = "delete it, and the stages are run anew, their folders set aside"
         return cls(path, read_json(path, way_out)["stages"] if path.is_file() else {})
 
-    def is_finished(self, stage: Stage, fingerprint: str) -> bool:
-        return self.is_begun(stage, fingerprint) and self.stages[stage.name]["status"] == "finished"
-
     def is_begun(self, stage: Stage, fingerprint: str) -> bool:
         return self.stages.get(stage.name, {}).get("fingerprint") == fingerprint
 
-    def note(self, stage: Stage, fingerprint: str, status: str, seconds: float) -> None:
-        """Seconds are added to those of earlier sessions with the same fingerprint."""
-        before = self.stages[stage.name]["seconds"] if self.is_begun(stage, fingerprint) else 0.0
-        self.stages[stage.name] = {
-            "fingerprint": fingerprint,
-            "status": status,
-            "seconds": before + seconds,
-            "reported": False,
-        }
+    def is_made(self, stage: Stage, fingerprint: str) -> bool:
+        return self.is_begun(stage, fingerprint) and self.stages[stage.name]["status"] != RUNNING
+
+    def is_finished(self, stage: Stage, fingerprint: str, judged_by: str) -> bool:
+        """Made, and judged where that is wanted."""
+        if not judged_by or not self.is_made(stage, fingerprint):
+            return self.is_made(stage, fingerprint)
+        known = self.stages[stage.name]
+        return bool(known["status"] == FINISHED and known.get("judged_by", judged_by) == judged_by)
+
+    def begin(self, stage: Stage, fingerprint: str) -> None:
+        self.stages[stage.name] = {"fingerprint": fingerprint, "status": RUNNING, "judged_by": "", "seconds": 0.0}
+        self.note(stage, 0.0)
+
+    def note(self, stage: Stage, seconds: float, **changed: str) -> None:
+        """Seconds are added to those before; changed: of what is kept of the stage."""
+        known = self.stages[stage.name]
+        known |= {"seconds": known["seconds"] + seconds, "reported": False, **changed}
         self.write()
 
     def forget(self, stages: Sequence[Stage]) -> None:
@@ -99,34 +108,50 @@ def run_graph(name: str, overrides: Sequence[str], options: GraphOptions) -> int
         raise UserError(f"start {name} once, without torchrun: each of its stages starts its own processes.")
     graph = read_graph(name, overrides)
     check_stages(graph)
-    prints, state = fingerprints(graph), State.of(graph.folder)
+    prints = fingerprints(graph)
+    asked = [graph.stage(options.only)] if options.only else graph.stages
     anew = graph.dependents(options.begin) if options.begin else []
-    if options.only:
-        check_inputs(graph.stage(options.only), graph, prints, state)
     if options.dry_run:
-        show(graph, prints, state, anew)
+        state = State.of(graph.folder)
+        check_inputs(asked, graph, prints, state)
+        show(graph, asked, prints, state, anew)
         return 0
-    state.forget(anew)
-    logger = parent_run(graph)
-    code = 1
-    try:
-        code = run_missing(graph, prints, state, logger, options.only)
-    finally:
-        if write_report(graph, prints, state, logger):
-            print(f"report: {graph.folder / REPORT}")
-        logger.finalize("failed" if code else "success")
+    with alone_in(graph.folder):
+        state = State.of(graph.folder)
+        check_inputs(asked, graph, prints, state)
+        state.forget(anew)
+        logger = parent_run(graph)
+        code = 1
+        try:
+            code = run_missing(graph, asked, prints, state, logger)
+        finally:
+            if write_report(graph, prints, state, logger):
+                print(f"report: {graph.folder / REPORT}")
+            logger.finalize("failed" if code else "success")
     return code
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One command at a time: two would each forget what the other has done. The end of the process frees it, too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another command is at work in {folder}: wait for its end, or stop it.") from None
+        yield
+
+
 def run_missing(
-    graph: Graph, prints: Mapping[str, str], state: State, logger: ResilientMLFlowLogger, only: str | None
+    graph: Graph, asked: Sequence[Stage], prints: Mapping[str, str], state: State, logger: ResilientMLFlowLogger
 ) -> int:
-    """The stages that are not finished, in order; ends with the first that fails, and with its code."""
+    """Those of the stages asked for that are not finished, in order; ends with the first that fails, and its code."""
     for number, stage in enumerate(graph.stages, start=1):
-        if only not in (None, stage.name):
+        if stage not in asked:
             continue
         heading = f"stage {number} of {len(graph.stages)}, {stage.name} ({stage.runs})"
-        if state.is_finished(stage, prints[stage.name]):
+        if state.is_finished(stage, prints[stage.name], graph.judged_by(stage)):
             print(f"{heading}: finished already, in {stage.folder}", flush=True)
         else:
             print(f"{heading}: {stage.folder}", flush=True)
@@ -179,37 +204,47 @@ def report(graph: Graph, prints: Mapping[str, str], state: State, logger: Resili
 
 
 def run_stage(stage: Stage, graph: Graph, fingerprint: str, state: State, logger: ResilientMLFlowLogger) -> int:
-    """The stage, then its scores where it hands on a pipeline."""
+    """What is missing of the stage: its work, and its scores where it hands on a pipeline."""
     if not state.is_begun(stage, fingerprint):
-        if stage.folder.exists():
-            print(f"what {stage.folder} held is now in {set_aside(stage.folder)}")
-        state.note(stage, fingerprint, "running", 0.0)
-    commands = [stage.words]
-    if graph.score is not None and stage.makes_a_pipeline:
-        commands.append(score_words(stage, graph.score))
+        move_aside(stage.folder)
+        state.begin(stage, fingerprint)
     environment = {**os.environ, **run_environment(stage, graph, logger)}
     clock = time.monotonic()
 
-    def note(status: str = "running") -> None:
+    def note(**changed: str) -> None:
         nonlocal clock
         now = time.monotonic()
-        state.note(stage, fingerprint, status, now - clock)
+        state.note(stage, now - clock, **changed)
         clock = now
 
     def beat() -> None:
         with suppress(UserError, OSError):  # a full disk for a moment is no reason to end a training
             note()
 
-    for words in commands:
-        code = run_command(words, environment, beat)
-        note("finished" if code == 0 and words is commands[-1] else "running")
+    judged_by = graph.judged_by(stage)
+    if not state.is_made(stage, fingerprint):
+        code = run_command(stage.words, environment, beat)
+        note(status=RUNNING if code else MADE if judged_by else FINISHED)
         if code:
             return code
+    if judged_by:
+        if state.stages[stage.name].get("judged_by", "") not in ("", judged_by):
+            move_aside(stage.folder / SCORES)
+        note(status=MADE, judged_by=judged_by)
+        code = run_command(score_words(stage, graph), environment, beat)
+        note(status=MADE if code else FINISHED)
+        return code
     return 0
 
 
-def score_words(stage: Stage, score: Mapping[str, Any]) -> list[str]:
-    settings = {**score, "model": str(stage.product), "name": stage.name, "output": str(stage.folder / SCORES)}
+def move_aside(folder: Path) -> None:
+    if folder.exists():
+        print(f"what {folder} held is now in {set_aside(folder)}")
+
+
+def score_words(stage: Stage, graph: Graph) -> list[str]:
+    own = {"model": str(stage.product), "name": stage.name, "output": str(stage.folder / SCORES)}
+    settings = {**(graph.score or {}), **own}
     return ["evaluate", *(f"{key}={typed(value)}" for key, value in settings.items())]
 
 
@@ -269,7 +304,7 @@ def check_stages(graph: Graph) -> None:
 
     commands = [(f"stages.{stage.name}", stage.words) for stage in graph.stages]
     if graph.score is not None:
-        commands.append(("score", score_words(graph.stages[0], graph.score)))
+        commands.append(("score", score_words(graph.stages[0], graph)))
     for place, (runs, *words) in commands:
         try:
             if runs in TASKS:
@@ -317,10 +352,12 @@ def part_of(benchmark: Any) -> set[str]:
     return set(geneval.TASKS) if hasattr(benchmark.module, "TASKS") else set()
 
 
-def check_inputs(stage: Stage, graph: Graph, prints: Mapping[str, str], state: State) -> None:
-    for name in stage.begins_from:
-        if not state.is_finished(graph.stage(name), prints[name]):
-            raise UserError(f"{stage.name} begins from {name}, which is not finished: run --only {name} before it.")
+def check_inputs(asked: Sequence[Stage], graph: Graph, prints: Mapping[str, str], state: State) -> None:
+    """UserError for a stage that begins from one which is neither there nor asked for."""
+    for stage in asked:
+        for name in stage.begins_from:
+            if graph.stage(name) not in asked and not state.is_made(graph.stage(name), prints[name]):
+                raise UserError(f"{stage.name} begins from {name}, which is not finished: run --only {name} before it.")
 
 
 # ---------------------------------------------------------------------------------------------------------- tracking
@@ -340,26 +377,28 @@ def run_environment(stage: Stage, graph: Graph, logger: ResilientMLFlowLogger) -
         f"begins_from/{name}": read_json(path)["run_id"] if path.is_file() else str(path.parent)
         for name, path in parents.items()
     }
-    tags = {"mlflow.parentRunId": str(logger.run_id), "stage": stage.name, **lineage}
+    tags = {PARENT: str(logger.run_id), "stage": stage.name, **lineage}
     return {TAGS_VARIABLE: json.dumps(tags), "MLFLOW_TRACKING_URI": logger.tracking_uri}
 
 
 # ----------------------------------------------------------------------------------------------------------- showing
 
 
-def show(graph: Graph, prints: Mapping[str, str], state: State, anew: Sequence[Stage]) -> None:
+def show(graph: Graph, asked: Sequence[Stage], prints: Mapping[str, str], state: State, anew: Sequence[Stage]) -> None:
     """The table of --dry-run."""
     table = Table(title=f"{graph.name}: {graph.folder}")
     for column in ("stage", "runs", "begins from", "state", "minutes", "GPU-hours planned", "note"):
         table.add_column(column)
-    for stage in graph.stages:
+    for stage in asked:
         known = state.stages.get(stage.name)
         if stage in anew or known is None:
             told = "to run" if known is None else "to run anew"
         elif not state.is_begun(stage, prints[stage.name]):
             told = "changed: to run anew"
+        elif state.is_finished(stage, prints[stage.name], graph.judged_by(stage)):
+            told = "finished"
         else:
-            told = "finished" if known["status"] == "finished" else "to go on"
+            told = "to judge" if state.is_made(stage, prints[stage.name]) else "to go on"
         minutes = f"{known['seconds'] / 60:.1f}" if known else ""
         table.add_row(
             stage.name, stage.runs, ", ".join(stage.begins_from), told, minutes, planned_hours(stage), stage.note

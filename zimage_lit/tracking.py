@@ -42,6 +42,7 @@ from zimage_lit.spool import Spool, deliver, first_line
 log = logging.getLogger(__name__)
 
 RUN_FILE = "mlflow_run.json"
+PARENT = "mlflow.parentRunId"  # the tag of a run that is part of another
 TAGS_VARIABLE = "ZIMAGE_LIT_RUN_TAGS"  # environment: tags, as JSON, of all runs of a process
 SPOOL_FOLDER = "mlflow_spool"
 SEND_EVERY = 1.0  # seconds; what is logged in between travels in one request
@@ -60,7 +61,7 @@ class ResilientMLFlowLogger(MLFlowLogger):
         output_dir: folder of the run; holds the spool and `mlflow_run.json`, which a resumed run continues.
         tracking_uri: MLflow store; None means the environment variable MLFLOW_TRACKING_URI, else the file `mlflow.db`
             in the nearest folder above `output_dir` called `outputs`, else in the folder above it.
-        tags: further tags of the run, such as `mlflow.parentRunId`; those of the environment (TAGS_VARIABLE) join them.
+        tags: further tags of the run, such as PARENT; those of the environment (TAGS_VARIABLE) join them.
         resume: False starts a new MLflow run even where `mlflow_run.json` exists.
         wait_at_end: seconds that the end of a run waits for a server that does not answer.
 
@@ -88,7 +89,6 @@ class ResilientMLFlowLogger(MLFlowLogger):
         self._hurry = threading.Event()
         self._answers = True
         self._said_at = -1  # end of the spool when the person was told that something has not arrived
-        self._announced = False
         rank_zero = getattr(rank_zero_only, "rank", 0) == 0
         if rank_zero and is_server(uri):
             shorten_retries()
@@ -103,6 +103,7 @@ class ResilientMLFlowLogger(MLFlowLogger):
         except Exception as error:
             raise UserError(f"The MLflow store {shown(uri)} cannot be opened: {first_line(error)}") from error
         self._tracking_uri = uri
+        self._announced = PARENT in self.tags  # how runs are compared: that is for the whole to say, not for its parts
 
     @property
     @rank_zero_experiment

@@ -195,8 +195,8 @@ def test_counts_reach_the_loggers(tmp_path):
 def test_the_reports_curve_leaves_skipped_steps_out(tmp_path):
     report = HTMLReport(every_n_steps=2)
     fit(tmp_path, batches(bad=[2, 4, 5]), StepGuard(), [report])
-    assert [step for step, _ in report.losses] == [2, 4, 8]  # nothing was learnt in 5 and 6
-    assert all(math.isfinite(loss) for _, loss in report.losses)
+    assert [step for step, _ in report.curves["loss"]] == [2, 4, 8]  # nothing was learnt in 5 and 6
+    assert all(math.isfinite(loss) for _, loss in report.curves["loss"])
 
 
 def test_settings_that_make_no_sense_are_refused():

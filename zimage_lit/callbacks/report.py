@@ -1,39 +1,39 @@
-"""One self-contained HTML page about a run: pictures over time, scores, the loss curve, the settings."""
+"""One self-contained HTML page about a run: pictures over time, scores, curves of loss and rewards, the settings."""
 
 import html
-import io
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from matplotlib.figure import Figure
 
 from zimage_lit.callbacks.tinyworld_score import TinyWorldScore
 from zimage_lit.errors import at_least_one
 from zimage_lit.files import write_atomically
 from zimage_lit.pages import document, figure
+from zimage_lit.plots import is_mean_reward, line_plot
 
-matplotlib.use("Agg")
+LOSS = "loss"
 
 
 class HTMLReport(Callback):
     """Writes `report.html` into the run's folder when training ends; readable on its own, with nothing to fetch.
 
-    every_n_steps: optimiser steps between two points of the loss curve, each the mean over the steps between.
+    every_n_steps: optimiser steps between two points of a curve, each the mean over the steps between.
     """
 
     def __init__(self, every_n_steps: int = 20) -> None:
         self.every_n_steps = at_least_one("HTMLReport: every_n_steps", every_n_steps)
-        self.losses: list[tuple[int, float]] = []
-        self._recent: list[float] = []
+        self.curves: dict[str, list[tuple[int, float]]] = {}  # LOSS, and each reward's `reward/<name>`
+        self._recent: dict[str, list[float]] = {}  # since the last point
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        loss = float(outputs["loss"])
-        if math.isfinite(loss):  # of a step that was skipped
-            self._recent.append(loss)
+        rewards = {name: value for name, value in trainer.callback_metrics.items() if is_mean_reward(name)}
+        for name, value in {LOSS: outputs["loss"], **rewards}.items():
+            if math.isfinite(number := float(value)):  # a step that was skipped has none
+                self._recent.setdefault(name, []).append(number)
         if trainer.global_step % self.every_n_steps == 0:
             self.add_point(trainer.global_step)
 
@@ -41,15 +41,15 @@ class HTMLReport(Callback):
         self.add_point(trainer.global_step)
 
     def add_point(self, step: int) -> None:
-        """The mean of the losses since the last point."""
-        if self._recent:
-            self.losses.append((step, sum(self._recent) / len(self._recent)))
-            self._recent = []
+        """The means since the last point."""
+        for name, values in self._recent.items():
+            self.curves.setdefault(name, []).append((step, sum(values) / len(values)))
+        self._recent = {}
 
     @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """After every other callback's last word, so that final samples and scores are in."""
-        if stage != "fit" or trainer.interrupted or not self.losses:
+        if stage != "fit" or trainer.interrupted or not self.curves:
             return
         folder = Path(trainer.default_root_dir)
         path = folder / "report.html"
@@ -70,19 +70,19 @@ class HTMLReport(Callback):
             "<h2>Samples while it learns</h2>" if samples else "",
             *[figure(path.read_bytes(), step_of(path)) for path in chosen(samples)],
             "<h2>Scores</h2>" + score_table(scores) if scores else "",
-            "<h2>Loss</h2>",
-            figure(loss_curve(self.losses), "the stage's loss, and its mean over a twentieth of the run"),
+            "<h2>Curves</h2>",
+            *curve_figures(self.curves),
             "<h2>Settings</h2>",
             f"<pre>{html.escape(config_text(folder))}</pre>",
         ]
         return document(folder.name, "".join(parts))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.losses, "recent": self._recent}
+        return {"curves": self.curves, "recent": self._recent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.losses = [(int(step), float(loss)) for step, loss in state_dict["losses"]]
-        self._recent = list(state_dict["recent"])
+        self.curves = {name: [tuple(point) for point in points] for name, points in state_dict["curves"].items()}
+        self._recent = {name: list(values) for name, values in state_dict["recent"].items()}
 
 
 def parameters(trainer: Trainer) -> int:
@@ -100,19 +100,16 @@ def step_of(path: Path) -> str:
     return f"step {int(path.stem.split('-')[1])}"
 
 
-def loss_curve(losses: list[tuple[int, float]]) -> bytes:
-    """The curve as PNG, logarithmic, with a running mean over a twentieth of the run."""
-    steps, values = zip(*losses, strict=True)
-    window = max(1, len(values) // 20)
-    smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
-    plot = Figure(figsize=(9, 3.5), layout="tight")
-    axes = plot.subplots()
-    axes.plot(steps, values, color="#bbccee", linewidth=1, marker="o" if len(values) == 1 else None)
-    axes.plot(steps, smooth, color="#2244aa", linewidth=2)
-    axes.set(xlabel="step", ylabel="train/loss", yscale="log")
-    buffer = io.BytesIO()
-    plot.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+def curve_figures(curves: Mapping[str, list[tuple[int, float]]]) -> Iterator[str]:
+    """The rewards in one picture, if there are any; the loss with a running mean, logarithmic where it can be."""
+    if rewards := {name: points for name, points in curves.items() if name != LOSS}:
+        yield figure(line_plot(rewards, "reward"), ", ".join(rewards))
+    if losses := curves.get(LOSS):
+        steps, values = zip(*losses, strict=True)
+        window = max(1, len(values) // 20)
+        smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+        both = {"loss": losses, "its mean over a twentieth of the run": list(zip(steps, smooth, strict=True))}
+        yield figure(line_plot(both, "loss", ("#bbccee", "#2244aa"), logarithmic=min(values) > 0), "the stage's loss")
 
 
 def score_table(history: list[dict[str, Any]]) -> str:
