@@ -43,7 +43,7 @@ from zimage_lit.stages.initial_weights import backbone_config
 BATCHES_COUNTED = 20  # of each arm, for the mean FLOPs of a step
 RESAMPLES = 4000
 SKILLS = ("counting", "word")
-MERGE_STEPS = 4  # mixes of 0, 1/4, … 1 of each variant
+MERGE_STEPS = 2  # mixes of none, half and all of each variant
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class Bench:
             sys.path.append(str(Path(__file__).parent))  # where the scorer is found
             words = ["merge", f"variants=[{variants[0]}, {variants[1]}]", f"sweep={MERGE_STEPS}"]
             words += [
+                f"base={self.output('omni')}",
                 f"score={Path(__file__).stem}:skills",
                 f"score_arguments.prompts_per_task={self.prompts_per_task}",
             ]

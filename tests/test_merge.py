@@ -11,7 +11,7 @@ from variants import PROMPTS, Nearest, backbone, write_pipeline, write_run
 from zimage_lit import cli
 from zimage_lit.backbone import S3DiT
 from zimage_lit.errors import UserError
-from zimage_lit.merge import MergeSettings, merge_task, mixes_of, simplex, tinyworld
+from zimage_lit.merge import MergeSettings, grid, merge_task, mixes_of, simplex, tinyworld
 from zimage_lit.pipeline import ZImagePipeline, load_pipeline
 
 QUIET: dict[str, Any] = {"experiment_name": None, "dtype": "float32", "device": "cpu"}
@@ -45,6 +45,29 @@ def test_a_given_mix_is_the_weighted_sum(variants: list[Path], weights: list[flo
     table = json.loads((tmp_path / "merge/merge.json").read_text())
     assert table["best"] == weights and table["rows"] == []
     assert len(load_pipeline(tmp_path / "merge/pipeline", "cpu")("a red circle")) == 1
+
+
+def test_with_a_base_the_differences_are_added_up(variants: list[Path], tmp_path: Path) -> None:
+    names = [str(variant) for variant in variants]
+    asked = {"variants": names[:2], "base": names[2], "weights": [1, 0.75], "output": str(tmp_path / "merge"), **QUIET}
+    merge_task(asked)
+    first, second, base = (backbone(seed).state_dict() for seed in range(3))
+    written = S3DiT.from_pretrained(tmp_path / "merge/pipeline").state_dict()
+    for name, weight in base.items():
+        moved = [(state[name] - weight).double() for state in (first, second)]
+        expected = (weight.double() + moved[0] + 0.75 * moved[1]).float()
+        torch.testing.assert_close(written[name], expected, rtol=1e-6, atol=1e-6)
+    assert json.loads((tmp_path / "merge/merge.json").read_text())["best"] == [1, 0.75, -0.75]
+
+
+def test_a_sweep_with_a_base_visits_a_grid() -> None:
+    assert grid(1, 2) == [(1.0, 0.0), (0.5, 0.5)]
+    two = grid(2, 2)
+    assert two == [
+        (1.0, 1.0, -1.0), (1.0, 0.5, -0.5), (1.0, 0.0, 0.0), (0.5, 1.0, -0.5), (0.5, 0.5, 0.0), (0.5, 0.0, 0.5),
+        (0.0, 1.0, 0.0), (0.0, 0.5, 0.5),
+    ]  # fmt: skip
+    assert mixes_of(MergeSettings(variants=["a"], base="b", sweep=2, score="tinyworld")) == grid(1, 2)
 
 
 def test_a_sweep_visits_the_simplex() -> None:
@@ -162,6 +185,9 @@ def test_tinyworld_scores_a_pipeline_as_in_training(variants: list[Path]) -> Non
         ({"weights": [0.5, 0.5], "sweep": 3}, "give either weights"),
         ({"weights": [0.5, 0.6]}, r"weights must be 2 numbers.*add up to 1, not \[0.5, 0.6\]"),
         ({"weights": [1.0]}, "weights must be 2 numbers"),
+        ({"weights": [1.0], "base": "x"}, r"weights must be 2 numbers, one for each variant, not \[1.0\]"),
+        ({"weights": [1.0, float("nan")], "base": "x"}, "weights must be 2 numbers"),
+        ({"variants": [], "base": "x", "weights": []}, "variants must name at least two models, or one beside a base"),
         ({"weights": [0.5, 0.5], "pictures": ["a boat"]}, "pictures, metric and score_arguments belong to a score"),
         ({"sweep": 3}, "sweep needs a score to choose by"),
         ({"sweep": 0, "score": "tinyworld"}, "sweep must be at least 1"),

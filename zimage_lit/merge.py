@@ -2,9 +2,13 @@
 
 Variants that were fine-tuned from the same weights lie close enough for their average to be a model again, which often
 has the strengths of all. Source: Z-Image technical report, section on supervised fine-tuning (model merging).
+
+An average keeps a share of what each has learnt. With the weights that all began from, theta = theta_0 + sum of alpha_i
+(theta_i - theta_0) adds it up whole. Source: task arithmetic (Ilharco et al., arXiv 2212.04089).
 """
 
 import importlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +32,7 @@ from zimage_lit.pipeline import ZImagePipeline, usable_device
 
 SCORERS = {"tinyworld": "zimage_lit.merge:tinyworld"}
 Score = Callable[..., Mapping[str, float]]
-Mix = tuple[float, ...]  # one weight for each variant; they add up to 1
+Mix = tuple[float, ...]  # one weight for each variant, and one for the base where there is one; they add up to 1
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,9 @@ class MergeSettings:
     """Settings of `lightning run merge`."""
 
     variants: list[str]  # two or more: run:ID, runs' folders, checkpoints or pipelines' folders
-    weights: list[float] | None = None  # of each variant, 1 in total; may be negative; null: found by the sweep
-    sweep: int | None = None  # steps between one variant alone and another; every mix of such steps is scored
+    base: str | None = None  # what all variants began from; mixes then add up how far each has gone from it
+    weights: list[float] | None = None  # of each variant; without a base 1 in total; null: found by the sweep
+    sweep: int | None = None  # steps from none of a variant to all of it; every mix of such steps is scored
     score: str | None = None  # of a mix: tinyworld, or module:function that makes numbers of a pipeline
     score_arguments: dict[str, Any] = field(default_factory=dict)  # further ones for that function, by name
     metric: str | None = None  # the number that the best mix has most of; null: the first that the function gives
@@ -66,7 +71,7 @@ def merge_task(settings: dict[str, Any]) -> None:
     rows = earlier["rows"] if earlier else []
     if earlier is None:
         check_output(output, "pipeline", asked.overwrite)
-    sources = [open_source(variant, asked.tracking_uri) for variant in asked.variants]
+    sources = [open_source(name, asked.tracking_uri) for name in mixed_models(asked)]
     pipeline = check_alike(sources)
     write_table(output, asked, rows)  # from here on the folder is known as this merge's
     if score is not None:
@@ -77,7 +82,7 @@ def merge_task(settings: dict[str, Any]) -> None:
         mixed = MixedWeights([source.weights for source in sources], best)
         pipeline.save_pretrained(output / "pipeline", mixed, dtype, on_bytes)
     write_table(output, asked, rows, best)
-    shown = ", ".join(f"{weight:g} x {variant}" for weight, variant in zip(best, asked.variants, strict=True))
+    shown = ", ".join(f"{weight:g} x {name}" for weight, name in zip(best, mixed_models(asked), strict=True))
     print(f"{shown}: {output / 'pipeline'}")
 
 
@@ -104,11 +109,16 @@ class MixedWeights(Mapping[str, Tensor]):
         return len(self.parts[0][1])
 
 
+def mixed_models(asked: MergeSettings) -> list[str]:
+    """All models of which a mix has a share, in the order of its weights."""
+    return [*asked.variants, *([asked.base] if asked.base is not None else [])]
+
+
 def mixes_of(asked: MergeSettings) -> list[Mix]:
     """The mixes that are asked for, the given one or all of a sweep; UserError where neither or both are."""
-    count = len(asked.variants)
-    if count < 2:
-        raise UserError("variants must name at least two models.")
+    count, has_base = len(asked.variants), asked.base is not None
+    if count < 2 - has_base:
+        raise UserError("variants must name at least two models, or one beside a base.")
     if (asked.weights is None) == (asked.sweep is None):
         raise UserError("give either weights=[…], one for each variant, or sweep=5 (or another number of steps).")
     if asked.score is None and (asked.pictures or asked.metric or asked.score_arguments):
@@ -116,11 +126,14 @@ def mixes_of(asked: MergeSettings) -> list[Mix]:
     if asked.sweep is not None:
         if asked.score is None:
             raise UserError("sweep needs a score to choose by: score=tinyworld, or score=module:function.")
-        return simplex(count, at_least_one("sweep", asked.sweep))
+        steps = at_least_one("sweep", asked.sweep)
+        return grid(count, steps) if has_base else simplex(count, steps)
     weights = asked.weights or []
-    if len(weights) != count or not math.isclose(sum(weights), 1, abs_tol=1e-6) or not all(map(math.isfinite, weights)):
-        raise UserError(f"weights must be {count} numbers, one for each variant, that add up to 1, not {weights}.")
-    return [tuple(weights)]
+    complete = len(weights) == count and all(map(math.isfinite, weights))
+    if not complete or not (has_base or math.isclose(sum(weights), 1, abs_tol=1e-6)):
+        total = "" if has_base else ", that add up to 1"
+        raise UserError(f"weights must be {count} numbers, one for each variant{total}, not {weights}.")
+    return [with_base(weights) if has_base else tuple(weights)]
 
 
 def simplex(count: int, steps: int) -> list[Mix]:
@@ -135,6 +148,17 @@ def simplex(count: int, steps: int) -> list[Mix]:
                 yield (first, *rest)
 
     return [tuple(share / steps for share in division) for division in shares(steps, count)]
+
+
+def grid(count: int, steps: int) -> list[Mix]:
+    """Every choice of multiples of 1 / steps up to 1 for each of `count` variants but none of all, with the base's."""
+    shares = [step / steps for step in range(steps, -1, -1)]
+    return [with_base(mix) for mix in itertools.product(shares, repeat=count) if any(mix)]
+
+
+def with_base(weights: Sequence[float]) -> Mix:
+    """theta_0 + sum of alpha_i (theta_i - theta_0), as one weight for each model."""
+    return (*weights, 1 - sum(weights))
 
 
 def check_alike(sources: Sequence[Source]) -> ZImagePipeline:
@@ -249,7 +273,7 @@ def earlier_table(output: Path, asked: MergeSettings) -> dict[str, Any] | None:
 
 def compared(asked: MergeSettings) -> dict[str, Any]:
     """What a sweep must have in common with its beginning."""
-    names = ("variants", "weights", "sweep", "score", "score_arguments")
+    names = ("variants", "base", "weights", "sweep", "score", "score_arguments")
     return {name: value for name, value in asdict(asked).items() if name in names}
 
 
@@ -271,5 +295,6 @@ def tracker(asked: MergeSettings, resume: bool) -> Any:
     logger = ResilientMLFlowLogger(
         asked.experiment_name, asked.output, Path(asked.output).name, asked.tracking_uri, resume=resume
     )
-    logger.log_tags({f"variant_{place}": variant for place, variant in enumerate(asked.variants)})
+    tags = {f"variant_{place}": variant for place, variant in enumerate(asked.variants)}
+    logger.log_tags(tags | ({"base": asked.base} if asked.base is not None else {}))
     return logger
