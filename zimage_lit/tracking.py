@@ -103,7 +103,7 @@ class ResilientMLFlowLogger(MLFlowLogger):
         except Exception as error:
             raise UserError(f"The MLflow store {shown(uri)} cannot be opened: {first_line(error)}") from error
         self._tracking_uri = uri
-        self._announced = PARENT in (self.tags or {})  # how runs are compared: that is for the whole to say, not for its parts
+        self._announced = PARENT in (self.tags or {})  # how runs compare is for the whole to say
 
     @property
     @rank_zero_experiment
