@@ -250,11 +250,9 @@ def shown_pictures(row: Row, first: Row) -> dict[str, Image.Image]:
     """By prompt: the stage's pictures of the first prompt of each group of the `first` stage's result."""
     if row.result is None or first.result is None:
         return {}
-    wanted: dict[str, str] = {}
-    for line in first.result.prompts:
-        wanted.setdefault(line["group"], line["prompt_id"])
     lines = {line["prompt_id"]: line for line in row.result.prompts}
-    known = [lines[name] for name in list(wanted.values())[:MOST_PROMPTS] if name in lines]
+    wanted = [line["prompt_id"] for line in first.result.examples(MOST_PROMPTS)]
+    known = [lines[name] for name in wanted if name in lines]
     found = {line["prompt"]: row.result.picture(line["images"][0]) for line in known}
     return {prompt: picture for prompt, picture in found.items() if picture is not None}
 

@@ -44,6 +44,13 @@ class Result:
     def model(self) -> str:
         return str(self.result["model"])
 
+    def examples(self, most: int = 10) -> list[Prompt]:
+        """The first prompt of each group, of `most` groups."""
+        found: dict[str, Prompt] = {}
+        for line in self.prompts:
+            found.setdefault(line["group"], line)
+        return list(found.values())[:most]
+
     def picture(self, image: Mapping[str, Any]) -> Image.Image | None:
         """One of a prompt's `images`, RGB, cut out of its grid; None where it is lost, or its file is there no more."""
         if image.get("lost"):

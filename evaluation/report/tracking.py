@@ -10,9 +10,11 @@ from evaluation.report.contents import named_scores
 from evaluation.report.results import Prompt, Result, read_result
 from evaluation.report.words import judges_words
 from evaluation.report.write import write_report
+from zimage_lit.grids import labelled_grid
 from zimage_lit.tracking import ResilientMLFlowLogger
 
 SHEET = 256  # pixels, each side of what a row of the table shows of a prompt's pictures: no larger in the UI
+EXAMPLE = 128  # pixels of a picture in the grid of examples
 LONGEST_TAG = 500  # letters, of the reasons
 
 
@@ -22,7 +24,9 @@ def log_to_mlflow(result_folder: Path, logger: ResilientMLFlowLogger) -> None:
     Metrics `<benchmark>/overall`, `<benchmark>/<sub-score>` (mode official), `<benchmark>/overall_low`, `_high` and
     `_fixed`, `<benchmark>/lost_images`, where benchmark is geneval or, with its language, longtext-en, say. A table
     with a row a prompt, `evaluation/<benchmark>.json`, whose first column is the prompt: in the UI's evaluation view,
-    rows of several runs with the same prompt stand together. `evaluation/<benchmark>/report.html` and `result.json`.
+    rows of several runs with the same prompt stand together. The image `samples/<benchmark>`, a picture of the first
+    prompt of each group: runs that are compared show theirs side by side. `evaluation/<benchmark>/report.html` and
+    `result.json`.
     The tag `<benchmark>/comparable`: yes, or the reasons why not. Parameters `<benchmark>/…`: how the pictures were
     made.
     """
@@ -43,6 +47,8 @@ def log_to_mlflow(result_folder: Path, logger: ResilientMLFlowLogger) -> None:
         },
         f"evaluation/{key}.json",
     )
+    if grid := example_grid(result):
+        logger.log_image(f"samples/{key}", grid, 0)
     page = write_report([result.folder], result.folder)
     for file in (page, result.folder / "result.json"):
         logger.log_text(file.read_text(encoding="utf-8"), f"evaluation/{key}/{file.name}")
@@ -60,6 +66,13 @@ def metrics(result: Result) -> dict[str, float]:
     if scores["fixed"]["overall"] is not None:
         found[f"{key}/overall_fixed"] = scores["fixed"]["overall"]
     return found
+
+
+def example_grid(result: Result) -> Image.Image | None:
+    """One picture of each group's first prompt, with the prompts; None where there is no picture."""
+    pictures = {line["prompt"]: result.picture(line["images"][0]) for line in result.examples()}
+    found = {prompt: picture for prompt, picture in pictures.items() if picture is not None}
+    return labelled_grid(list(found.values()), list(found), columns=4, cell=EXAMPLE) if found else None
 
 
 def sheet(result: Result, line: Prompt) -> Image.Image:

@@ -9,7 +9,7 @@ from PIL import Image
 from result_folders import SIZE, result_folder
 
 from evaluation.report.results import read_result
-from evaluation.report.tracking import SHEET, log_to_mlflow, metrics, sheet
+from evaluation.report.tracking import SHEET, example_grid, log_to_mlflow, metrics, sheet
 from zimage_lit.tracking import ResilientMLFlowLogger
 
 
@@ -34,6 +34,11 @@ def test_a_result_arrives_in_mlflow(tmp_path: Path) -> None:
     assert (
         table["columns"] == ["prompt", "score", "pictures", "judged", "group", "prompt_id"] and len(table["data"]) == 3
     )
+    (grid,) = Path(client.download_artifacts(run_id, "images", str(tmp_path / "down"))).glob("samples~longtext-en*.png")
+    result = read_result(folder)
+    groups = {line["group"] for line in result.prompts}
+    shown = example_grid(result)
+    assert shown is not None and len(result.examples()) == len(groups) and np.array_equal(Image.open(grid), shown)
     lines = read_result(folder).prompts
     assert [row[:2] for row in table["data"]] == [[line["prompt"], line["score"]] for line in lines]
     assert "Picture 4: lost: missing." in table["data"][1][3] and table["data"][0][2]["type"] == "image"
