@@ -200,7 +200,7 @@ def report(graph: Graph, prints: Mapping[str, str], state: State, logger: Resili
         logger.log_metrics(figures, place)
     first = next((other for other in rows if other.result), None)
     if first and (grid := stage_grid(row, first)):
-        logger.log_image("samples/stages", grid, place)
+        logger.log_image("stages/samples", grid, place)
 
 
 def run_stage(stage: Stage, graph: Graph, fingerprint: str, state: State, logger: ResilientMLFlowLogger) -> int:

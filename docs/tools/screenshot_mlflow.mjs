@@ -1,20 +1,26 @@
 // Photograph the comparison page of the MLflow UI: the sample images of its runs side by side, at the last step.
-// Usage: node screenshot_mlflow.mjs ADDRESS PICTURE.png   (see CONTRIBUTING.md, "Looking at the MLflow UI")
+// Usage: node screenshot_mlflow.mjs ADDRESS PICTURE.png [children]   (see CONTRIBUTING.md, "Looking at the MLflow UI")
+// children: of the first run in the list, in its place.
 import { mkdtempSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { chromium } from "playwright-core";
 
-const [address, picture] = process.argv.slice(2);
+const [address, picture, children] = process.argv.slice(2);
 const offline = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"];
 const browser = await chromium.launchPersistentContext(mkdtempSync(`${tmpdir()}/chromium-`), {
   executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
   args: ["--no-sandbox", "--disable-gpu", ...offline],
-  viewport: { width: 1600, height: 1700 }, // cards out of sight are not drawn
+  viewport: { width: 1600, height: children ? 2000 : 1700 }, // cards out of sight are not drawn
 });
 const page = await browser.newPage();
 await page.goto(address);
 await page.locator('[data-component-id="mlflow.assistant.chat_panel.close"]').click();
 await page.getByLabel("Toggle sidebar").click();
+if (children) {
+  await page.locator('[data-component-id*="runnamecellrenderer"]').first().click(); // the + before its name
+  await page.locator(".ag-row label", { hasText: "Hide run" }).first().click();
+  await page.waitForTimeout(4000);
+}
 const images = page.locator("img[src*='get-artifact']");
 await images.first().waitFor({ timeout: 60_000 });
 
@@ -23,7 +29,7 @@ const cards = page.locator(".react-resizable", { hasText: "samples/" });
 const corner = await cards.first().getByTestId("draggable-card-resize-handle").boundingBox();
 await page.mouse.move(corner.x + 8, corner.y + 8);
 await page.mouse.down();
-await page.mouse.move(corner.x + 300, corner.y + 88, { steps: 10 });
+await page.mouse.move(corner.x + (children ? 900 : 300), corner.y + (children ? 400 : 88), { steps: 10 });
 await page.mouse.up();
 await page.waitForTimeout(2000);
 

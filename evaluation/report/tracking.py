@@ -10,6 +10,7 @@ from evaluation.report.contents import named_scores
 from evaluation.report.results import Prompt, Result, read_result
 from evaluation.report.words import judges_words
 from evaluation.report.write import write_report
+from zimage_lit.config import flatten
 from zimage_lit.grids import labelled_grid
 from zimage_lit.tracking import ResilientMLFlowLogger
 
@@ -27,15 +28,18 @@ def log_to_mlflow(result_folder: Path, logger: ResilientMLFlowLogger) -> None:
     rows of several runs with the same prompt stand together. The image `samples/<benchmark>`, a picture of the first
     prompt of each group: runs that are compared show theirs side by side. `evaluation/<benchmark>/report.html` and
     `result.json`.
-    The tag `<benchmark>/comparable`: yes, or the reasons why not. Parameters `<benchmark>/…`: how the pictures were
-    made.
+    The tag `<benchmark>/comparable`: yes, or the reasons why not. Tags `setting/<benchmark>/…`: how the pictures were
+    made; parameters would be written over every picture.
     """
     result = read_result(Path(result_folder))
     key, comparable = result.key, result.result["comparable"]
     logger.log_metrics(metrics(result))
     reasons = "yes" if comparable["verdict"] else f"no: {' '.join(comparable['reasons'])}"
-    logger.log_tags({f"{key}/comparable": reasons[:LONGEST_TAG]})
-    logger.log_hyperparams({key: result.result["pictures"]})
+    settings = {name.replace(".", "/"): value for name, value in flatten(result.result["pictures"]).items()}
+    logger.log_tags(
+        {f"{key}/comparable": reasons[:LONGEST_TAG]}
+        | {f"setting/{key}/{name}": str(value)[:LONGEST_TAG] for name, value in settings.items()}
+    )
     logger.log_table(
         {
             "prompt": [line["prompt"] for line in result.prompts],

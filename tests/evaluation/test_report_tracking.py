@@ -26,7 +26,7 @@ def test_a_result_arrives_in_mlflow(tmp_path: Path) -> None:
     assert logged["longtext-en/categories/sign"] == scores["official"]["categories"]["sign"]["score"]
     assert logged["longtext-en/overall_fixed"] == scores["fixed"]["overall"] and logged["longtext-en/lost_images"] == 1
     assert run.data.tags["longtext-en/comparable"].startswith("no: 3 of 160 prompts")
-    assert run.data.params["longtext-en/source"] == read_result(folder).result["pictures"]["source"]
+    assert run.data.tags["setting/longtext-en/source"] == read_result(folder).result["pictures"]["source"]
     where = Path(client.download_artifacts(run_id, "evaluation", str(tmp_path / "down")))
     assert (where / "longtext-en/report.html").read_text() == (folder / "report.html").read_text()
     assert (where / "longtext-en/result.json").read_text() == (folder / "result.json").read_text()
