@@ -29,7 +29,7 @@ const cards = page.locator(".react-resizable", { hasText: "samples/" });
 const corner = await cards.first().getByTestId("draggable-card-resize-handle").boundingBox();
 await page.mouse.move(corner.x + 8, corner.y + 8);
 await page.mouse.down();
-await page.mouse.move(corner.x + (children ? 900 : 300), corner.y + (children ? 400 : 88), { steps: 10 });
+await page.mouse.move(corner.x + (children ? 900 : 300), corner.y + (children ? 250 : 88), { steps: 10 });
 await page.mouse.up();
 await page.waitForTimeout(2000);
 
