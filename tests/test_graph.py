@@ -362,6 +362,12 @@ def test_two_commands_do_not_work_on_one_graph_at_once(life, asked, capsys):
     assert run("life") == 0
 
 
+def test_a_folder_that_cannot_be_is_named(life, asked, capsys):
+    (life / "file").write_text("")
+    assert run("life", "run.output_dir=file/life") == 2 and not asked
+    assert "run.output_dir: file/life cannot be written to" in capsys.readouterr().err
+
+
 def test_the_stages_of_a_graph_are_runs_below_its_own(life):
     """Two real trainings, in MLflow, of which the second begins from the first."""
     toy = TOY.replace("logger: false", """logger:

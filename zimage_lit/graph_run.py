@@ -134,8 +134,12 @@ def run_graph(name: str, overrides: Sequence[str], options: GraphOptions) -> int
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """One command at a time: two would each forget what the other has done. The end of the process frees it, too."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"run.output_dir: {folder} cannot be written to ({one_line(error)}).") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
