@@ -366,6 +366,12 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
+def setting_tags(settings: dict[str, Any]) -> dict[str, str]:
+    """Settings as MLflow's tags `setting/…`, nested names joined by `/`; parameters would be written over every
+    picture."""
+    return {f"setting/{name.replace('.', '/')}": str(value) for name, value in flatten(settings).items()}
+
+
 def did_you_mean(word: str, known: Iterable[str], listing: str = "") -> str:
     """` (did you mean 'x'?)`, else the known words after `listing` (nothing where no listing is wanted)."""
     known = list(known)

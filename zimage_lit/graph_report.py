@@ -252,9 +252,7 @@ def shown_pictures(row: Row, first: Row) -> dict[str, Image.Image]:
         return {}
     lines = {line["prompt_id"]: line for line in row.result.prompts}
     wanted = [line["prompt_id"] for line in first.result.examples(MOST_PROMPTS)]
-    known = [lines[name] for name in wanted if name in lines]
-    found = {line["prompt"]: row.result.picture(line["images"][0]) for line in known}
-    return {prompt: picture for prompt, picture in found.items() if picture is not None}
+    return row.result.first_pictures([lines[name] for name in wanted if name in lines])
 
 
 def stage_grid(row: Row, first: Row) -> Image.Image | None:
@@ -283,7 +281,6 @@ def curves_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
             for name, value in record["values"].items():
                 if math.isfinite(value):
                     logged.setdefault(name, {})[record["step"]] = value
-    chosen = [name for name in sorted(logged) if is_mean_reward(name)] or [name for name in CURVES if name in logged][
-        :1
-    ]
+    rewards = [name for name in sorted(logged) if is_mean_reward(name)]
+    chosen = rewards or [name for name in CURVES if name in logged][:1]
     return {name: sorted(logged[name].items()) for name in chosen}

@@ -51,6 +51,11 @@ class Result:
             found.setdefault(line["group"], line)
         return list(found.values())[:most]
 
+    def first_pictures(self, lines: Sequence[Prompt]) -> dict[str, Image.Image]:
+        """By prompt: the first picture of each of these lines that has one."""
+        found = {line["prompt"]: self.picture(line["images"][0]) for line in lines}
+        return {prompt: picture for prompt, picture in found.items() if picture is not None}
+
     def picture(self, image: Mapping[str, Any]) -> Image.Image | None:
         """One of a prompt's `images`, RGB, cut out of its grid; None where it is lost, or its file is there no more."""
         if image.get("lost"):

@@ -10,13 +10,13 @@ from evaluation.report.contents import named_scores
 from evaluation.report.results import Prompt, Result, read_result
 from evaluation.report.words import judges_words
 from evaluation.report.write import write_report
-from zimage_lit.config import flatten
+from zimage_lit.config import setting_tags
 from zimage_lit.grids import labelled_grid
 from zimage_lit.tracking import ResilientMLFlowLogger
 
 SHEET = 256  # pixels, each side of what a row of the table shows of a prompt's pictures: no larger in the UI
 EXAMPLE = 128  # pixels of a picture in the grid of examples
-LONGEST_TAG = 500  # letters, of the reasons
+LONGEST_TAG = 500  # letters
 
 
 def log_to_mlflow(result_folder: Path, logger: ResilientMLFlowLogger) -> None:
@@ -35,11 +35,8 @@ def log_to_mlflow(result_folder: Path, logger: ResilientMLFlowLogger) -> None:
     key, comparable = result.key, result.result["comparable"]
     logger.log_metrics(metrics(result))
     reasons = "yes" if comparable["verdict"] else f"no: {' '.join(comparable['reasons'])}"
-    settings = {name.replace(".", "/"): value for name, value in flatten(result.result["pictures"]).items()}
-    logger.log_tags(
-        {f"{key}/comparable": reasons[:LONGEST_TAG]}
-        | {f"setting/{key}/{name}": str(value)[:LONGEST_TAG] for name, value in settings.items()}
-    )
+    tags = {f"{key}/comparable": reasons} | setting_tags({key: result.result["pictures"]})
+    logger.log_tags({name: value[:LONGEST_TAG] for name, value in tags.items()})
     logger.log_table(
         {
             "prompt": [line["prompt"] for line in result.prompts],
@@ -74,8 +71,7 @@ def metrics(result: Result) -> dict[str, float]:
 
 def example_grid(result: Result) -> Image.Image | None:
     """One picture of each group's first prompt, with the prompts; None where there is no picture."""
-    pictures = {line["prompt"]: result.picture(line["images"][0]) for line in result.examples()}
-    found = {prompt: picture for prompt, picture in pictures.items() if picture is not None}
+    found = result.first_pictures(result.examples())
     return labelled_grid(list(found.values()), list(found), columns=4, cell=EXAMPLE) if found else None
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from zimage_lit import __version__
-from zimage_lit.config import flatten, to_yaml
+from zimage_lit.config import setting_tags, to_yaml
 from zimage_lit.errors import UserError
 from zimage_lit.files import write_atomically
 from zimage_lit.run_folder import write_status
@@ -41,8 +41,7 @@ class RunConfig(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         tags = environment(trainer.strategy.root_device) | git_state(Path.cwd())
         tags["output_dir"] = str(self.output_dir.absolute())
-        settings = flatten(compared_settings(self.config))
-        tags |= {f"setting/{name.replace('.', '/')}": str(value) for name, value in settings.items()}
+        tags |= setting_tags(compared_settings(self.config))
         datamodule = getattr(trainer, "datamodule", None)
         info = datamodule.dataset_info() if datamodule and hasattr(datamodule, "dataset_info") else None
         for logger in trainer.loggers:
