@@ -8,6 +8,7 @@ import ast
 import copy
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import warnings
@@ -72,6 +73,7 @@ IDLE_WARNINGS = (
     "Total length of `list` across ranks is zero",  # data without a validation split
     "You passed in a `val_dataloader` but have no `validation_step`",  # of a stage without
 )
+IDLE_LOGGER = "torch.utils._pytree"  # warns twice wherever torchao lies beside peft
 
 EXPERIMENT_SECTIONS = ("run", "seed_everything", "trainer", "model", "data")
 
@@ -95,6 +97,7 @@ run.resume=PATH continues from that checkpoint."""
 def main(arguments: Sequence[str] | None = None, program: str = "zimage") -> int:
     """The `zimage` command. Returns the exit code: 0, 1 (failed while running), 2 (wrong settings), 128 + signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.getLogger(IDLE_LOGGER).setLevel(logging.ERROR)
     if words == ["--version"]:
         print(f"zimage-lit {__version__}")
         return 0

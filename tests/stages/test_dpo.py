@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,6 +115,55 @@ def test_a_pair_shares_time_and_noise_and_stands_in_one_forward(start, tmp_path)
             winner_noise, loser_noise = ((x - t[i] * clean) / (1 - t[i]) for x, clean in parts)
             torch.testing.assert_close(winner_noise, loser_noise, rtol=1e-3, atol=1e-4)
             assert features[i] is features[i + 4]
+
+
+def seeded(ids: range) -> dict[str, Any]:
+    """Numbered pairs whose pictures came from noise of known seeds."""
+    batch = pairs_of(ids)
+    for number, entry in zip(ids, batch["metadata"], strict=True):
+        entry["pair"]["seeds"] = [1000 + number, 2000 + number]
+    return batch
+
+
+OWN = PreferenceSettings(beta=20.0, anchor=0.0, noise="own")
+
+
+def test_every_picture_is_noised_with_what_it_was_drawn_from(start, tmp_path):
+    module = stage(start, preference=OWN)
+    seen = fit(module, tmp_path, 1, data=Data(seeded))
+    assert seen.logged[0]["train/loss"] == float(torch.tensor(math.log(2)))
+    forwards = Forwards(module.backbone)
+    batch = seeded(range(4))
+    figures = module.compared(batch, "train", 0)
+    (((latents, t, features), *_),) = (forwards.seen,)
+    clean, seeds = batch["winner_latents"] + batch["loser_latents"], [*range(1000, 1004), *range(2000, 2004)]
+    noise = [
+        torch.randn(x.shape, generator=torch.Generator().manual_seed(n)) for x, n in zip(clean, seeds, strict=True)
+    ]
+    for i in range(8):
+        assert t[i] == t[i % 4]
+        torch.testing.assert_close(latents[i], t[i] * clean[i] + (1 - t[i]) * noise[i])
+    with torch.no_grad():
+        predicted = module.backbone(latents, t, features)
+        seen_before = module.snapshots["reference"].network(latents, t, features)
+    own, before = (
+        [float((v - (x - n)).square().mean()) for v, x, n in zip(velocities, clean, noise, strict=True)]
+        for velocities in (predicted, seen_before)
+    )
+    assert figures["winner_error"].tolist() == pytest.approx([own[i] / before[i] - 1 for i in range(4)], abs=1e-5)
+    margins = [-10 * ((own[i] - before[i]) - (own[i + 4] - before[i + 4])) for i in range(4)]
+    assert figures["margin"].tolist() == pytest.approx(margins, rel=1e-3, abs=1e-4)
+
+
+def test_own_noise_needs_the_seeds_and_a_solver_that_drew_no_more(start, tmp_path):
+    with pytest.raises(UserError, match="noise=own needs the seed of every picture"):
+        fit(stage(start, preference=OWN), tmp_path, 1)
+    for drawn, solver in (({"solver": "renoise"}, "renoise"), ({"solver": "cps", "eta": 0.5}, "cps")):
+        data = Data(seeded)
+        data.manifest = SimpleNamespace(settings=drawn)  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match=f"drawn by {solver} with fresh noise at every step: set it to shared"):
+            fit(stage(start, preference=OWN), tmp_path, 1, data=data)
+        fit(stage(start), tmp_path, 1, data=data)
 
 
 def gradient(start: Path, folder: Path, batch: dict[str, Any]) -> torch.Tensor:
@@ -338,6 +388,7 @@ def test_settings_that_would_do_nothing_or_harm_are_refused(start, settings, sen
         ({"beta": 0.0}, "preference.beta must be more than 0"),
         ({"reduction": "max"}, "preference.reduction must be mean or sum"),
         ({"anchor": -1.0}, "preference.anchor must be 0 or more"),
+        ({"noise": "mine"}, "preference.noise must be shared or own, not mine"),
     ],
 )
 def test_preferences_without_sense_are_refused(settings, sentence):

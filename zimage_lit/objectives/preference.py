@@ -1,7 +1,8 @@
 """Learning from pairs of pictures of which one is preferred (Diffusion-DPO), as pure functions of tensors.
 
 A flow-matching error stands where a language model's DPO has a log-probability. With e = |v(x_t) − (x1 − x0)|², the
-winner w and the loser l of a pair at the same time t and with the same noise x0, and a frozen reference:
+winner w and the loser l of a pair at the same time t (and with the same noise x0, or each with the noise that it was
+drawn from), and a frozen reference:
 
     Δ = (e_w − e_w,ref) − (e_l − e_l,ref),   L = −log σ(−(β/2)·Δ)
 

@@ -1,8 +1,10 @@
 """Alignment with preferences: flow-matching Diffusion-DPO on pairs of pictures.
 
-At each step the winner and the loser of every pair are noised to the same time with the same noise, and the backbone
-and its reference (the weights with which the run began, or those of its last refresh) say what velocity they see there.
-Sources: Diffusion-DPO (arXiv 2311.12908), Flow-DPO (arXiv 2501.13918); anchor, curriculum and the times of distilled
+At each step the winner and the loser of every pair are noised to the same time, and the backbone and its reference
+(the weights with which the run began, or those of its last refresh) say what velocity they see there. The noise is one
+for both, or for each picture the one from which it was drawn.
+Sources: Diffusion-DPO (arXiv 2311.12908), Flow-DPO (arXiv 2501.13918); a picture's own noise after InPO (arXiv
+2503.18454), which finds it by inversion where here its seed is known; anchor, curriculum and the times of distilled
 students after the Z-Image technical report, §4.6.2 (arXiv 2511.22699), and its authors' answers.
 """
 
@@ -21,6 +23,7 @@ from zimage_lit.objectives import flow_matching, preference
 from zimage_lit.objectives.timesteps import TimestepLaw
 from zimage_lit.rewards import find_rewards
 from zimage_lit.rng import generator
+from zimage_lit.sampling import noises
 from zimage_lit.stages.frozen_parts import caption_features, check_preference, picture_latents
 from zimage_lit.stages.optimizers import OptimizerSettings
 from zimage_lit.stages.snapshots import FrozenType
@@ -35,9 +38,12 @@ class PreferenceSettings:
     beta: float = 500.0  # of the reduction below; a sum's is a mean's divided by the elements of a latent
     reduction: Literal["mean", "sum"] = "mean"  # of the squared error over a latent's elements
     anchor: float = 0.1  # weight of the winners' flow-matching loss (always a mean), which holds them up; 0 = none
+    noise: Literal["shared", "own"] = "shared"  # own: that from which each picture was drawn, for students of few steps
 
     def __post_init__(self) -> None:
         key = "model.init_args.preference"
+        if self.noise not in ("shared", "own"):
+            raise UserError(f"{key}.noise must be shared or own, not {self.noise}.")
         if not 0 < self.beta < math.inf:
             raise UserError(f"{key}.beta must be more than 0, not {self.beta}.")
         if self.reduction not in ("mean", "sum"):
@@ -123,7 +129,18 @@ class DPOModule(BackboneStage):
                 f"trainer.callbacks has rewards ({', '.join(reward.name for reward in rewards)}), and a DPOModule asks "
                 "nobody but its pairs: remove them, or make pairs with them by `lightning run pairs`."
             )
+        self.check_solver_of_pairs()
         super().setup(stage)
+
+    def check_solver_of_pairs(self) -> None:
+        """UserError where pictures shall be noised with what they came from and their solver drew more on the way."""
+        manifest = getattr(getattr(self.trainer, "datamodule", None), "manifest", None)
+        drawn = {} if manifest is None else manifest.settings
+        if self.preference.noise == "own" and (drawn.get("solver") == "renoise" or drawn.get("eta")):
+            raise UserError(
+                f"model.init_args.preference.noise is own, and these pairs were drawn by {drawn['solver']} with "
+                "fresh noise at every step: set it to shared, or draw pairs with solver=euler."
+            )
 
     # --------------------------------------------------------------------------------------------------- steps
 
@@ -158,13 +175,12 @@ class DPOModule(BackboneStage):
         """
         winners, losers = self.latents(batch)
         features = caption_features(self.text_encoder, batch)
-        t, noise = self.times_and_noise(winners, phase, step)
-        inputs = (
-            flow_matching.interpolate(noise, winners, t) + flow_matching.interpolate(noise, losers, t),
-            torch.cat([t, t]),
-            features * 2,
-        )
-        target = flow_matching.target_velocity(noise, winners) + flow_matching.target_velocity(noise, losers)
+        t, shared = self.times_and_noise(winners, phase, step)
+        noise, clean, t = shared * 2, winners + losers, torch.cat([t, t])
+        if self.preference.noise == "own":
+            noise = self.own_noise(batch, clean)
+        inputs = flow_matching.interpolate(noise, clean, t), t, features * 2
+        target = flow_matching.target_velocity(noise, clean)
         settings = self.preference
         with self.snapshots["reference"].acting() as network:
             seen = network(*inputs)
@@ -190,6 +206,17 @@ class DPOModule(BackboneStage):
         t = self.timesteps.sample([x[0].numel() // patch_area for x in winners], draw).to(self.device)
         draw = generator(self.seed, f"{phase}/noise", step, self.global_rank)
         return t, [torch.randn(x.shape, generator=draw, dtype=torch.float32).to(self.device) for x in winners]
+
+    def own_noise(self, batch: dict[str, Any], clean: list[Tensor]) -> list[Tensor]:
+        """The noise (C, h, w) from which each picture was drawn, first all winners', then all losers'."""
+        known = [entry.get("pair", {}).get("seeds") for entry in batch["metadata"]]
+        if None in known:
+            raise UserError(
+                "model.init_args.preference.noise=own needs the seed of every picture, which the data's metadata do "
+                "not have: make the pairs by `lightning run pairs`, or set it to shared."
+            )
+        seeds = [pair[role] for role in (0, 1) for pair in known]  # winner, loser
+        return noises(seeds, [tuple(x.shape) for x in clean], self.device)
 
     # --------------------------------------------------------------------------------------------------- data
 
