@@ -75,7 +75,10 @@ def test_a_run_that_cannot_begin_says_why(folder, monkeypatch, capsys, words: li
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("model.init_args.backbone=small", "unknown backbone preset 'small'"),
+        (
+            "model.init_args.backbone=small",
+            "model.init_args.backbone=small is neither a preset (tiny, z-image-6b) nor a folder",
+        ),
         ("model.init_args.backbone.n_layerz=6", "model.init_args.backbone.n_layerz is not a setting of S3DiTConfig"),
         ("model.init_args.backbone.dim=100", "S3DiTConfig: axes_dims [8, 12, 12] must add up to the head size"),
         ("model.init_args.optimizer.lr=-1", "optimizer.lr must be 0 or more, not -1"),
@@ -103,7 +106,7 @@ def test_sizes_on_top_of_a_presets_name_are_refused(folder, monkeypatch, capsys)
     """They would otherwise be completed by the sizes of the 6 B model."""
     monkeypatch.chdir(folder)
     words = ["run.name=sizes", "model.init_args.backbone=tiny", "model.init_args.backbone.n_layers=6"]
-    assert "model.init_args.backbone lacks the preset" in error_of(words, capsys)
+    assert "model.init_args.backbone.preset must be tiny, z-image-6b" in error_of(words, capsys)
 
 
 def test_a_decay_without_an_end_is_refused(folder, monkeypatch, capsys) -> None:

@@ -30,13 +30,18 @@ def backbone_config(settings: str | dict[str, Any]) -> S3DiTConfig:
 
     Raises UserError for an unknown preset or size, a folder without a backbone, and a mapping without `preset`.
     """
+    key, known = "model.init_args.backbone", ", ".join(sorted(PRESETS))
     if isinstance(settings, str):
-        is_folder = settings not in PRESETS and Path(settings).is_dir()  # a folder called tiny is ./tiny
-        return read_config(settings) if is_folder else S3DiTConfig.preset(settings)
-    key = "model.init_args.backbone"
+        if settings not in PRESETS and Path(settings).is_dir():  # a folder called tiny is ./tiny
+            return read_config(settings)
+        if settings not in PRESETS:
+            raise UserError(f"{key}={settings} is neither a preset ({known}) nor a folder.")
+        return S3DiTConfig.preset(settings)
     changes = dict(settings)
-    if "preset" not in changes:
-        raise UserError(f"{key} lacks the preset that its sizes change: give {key}.preset=tiny (or another) as well.")
+    if changes.get("preset") not in PRESETS:
+        raise UserError(
+            f"{key}.preset must be {known} (its sizes are what the others change), not {changes.get('preset')}."
+        )
     base = S3DiTConfig.preset(changes.pop("preset"))
     return settings_from(S3DiTConfig, {**vars(base), **changes}, section=key)
 
