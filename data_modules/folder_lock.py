@@ -1,6 +1,5 @@
 """Who may prepare a data folder: one process at a time, and only into a folder that is free or was prepared alike."""
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,7 @@ from typing import Any
 
 from data_modules.manifest import MANIFEST, read_manifest
 from zimage_lit.errors import UserError
-from zimage_lit.files import read_json, write_atomically
+from zimage_lit.files import locked, read_json, write_atomically
 
 PARTS = ".parts"  # below the data folder, until it is finished
 GO_ON = "everything finished is kept, and the same command goes on from there"
@@ -69,21 +68,12 @@ def clean_up(data_dir: Path, parts_dir: Path) -> None:
 def sole_preparation(data_dir: Path, folder_key: str) -> Iterator[None]:
     """Hold the folder's lock, after waiting for whoever holds it; the folder is made if missing.
 
-    The lock is the kernel's: it goes with the process that holds it, however that ends. A preparation that fails or is
-    killed leaves its mark, by which the next one knows the folder for its own. Raises UserError for a folder with
-    files that no preparation began.
+    A preparation that fails or is killed leaves its mark, by which the next one knows the folder for its own. Raises
+    UserError for a folder with files that no preparation began, or that cannot be written to.
     """
     marker = data_dir / LOCK
-    try:
-        if data_dir.exists() and not marker.exists() and any(data_dir.iterdir()) and not (data_dir / MANIFEST).exists():
-            raise UserError(f"{data_dir} is not empty and holds no data set: set {folder_key} to a folder of its own.")
-        data_dir.mkdir(parents=True, exist_ok=True)
-        stream = marker.open("w")
-    except OSError as error:
-        raise UserError(
-            f"{data_dir} cannot be written to ({error.strerror}): set {folder_key} to another folder."
-        ) from error
-    with stream:
-        fcntl.lockf(stream, fcntl.LOCK_EX)
+    if data_dir.is_dir() and not marker.exists() and any(data_dir.iterdir()) and not (data_dir / MANIFEST).exists():
+        raise UserError(f"{data_dir} is not empty and holds no data set: set {folder_key} to a folder of its own.")
+    with locked(marker, f"set {folder_key} to another folder"):
         yield
     marker.unlink(missing_ok=True)

@@ -11,9 +11,9 @@ from typing import Any
 from data_modules.folder_lock import differences
 from evaluation.benchmark_pass import BenchmarkPass
 from evaluation.benchmarks.protocol import PlannedImage
-from evaluation.shards import Shard, locked
+from evaluation.shards import ANOTHER_OUTPUT, Shard
 from zimage_lit.errors import UserError
-from zimage_lit.files import read_json, write_atomically
+from zimage_lit.files import locked, read_json, write_atomically
 from zimage_lit.lora import base_fingerprint
 from zimage_lit.pipeline import ZImagePipeline, save_picture
 from zimage_lit.progress import progress_over
@@ -38,7 +38,7 @@ def drawing_settings(pipeline: ZImagePipeline, call: Mapping[str, Any], seed: in
 def note_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Note how the pictures in `folder` are drawn; UserError where there are some that were drawn otherwise."""
     note = folder / MANIFEST
-    with locked(folder.parent / ".manifest.lock"):
+    with locked(folder.parent / ".manifest.lock", ANOTHER_OUTPUT):
         if note.is_file():
             different = differences(read_json(note, f"delete {folder} and draw again"), settings)
             if different:

@@ -22,10 +22,10 @@ from evaluation.benchmarks.tally import Mode
 from evaluation.judges.contract import JudgeRecord
 from evaluation.judges.weights import library_versions
 from evaluation.ledger import Ledger
-from evaluation.shards import Shard, locked
+from evaluation.shards import ANOTHER_OUTPUT, Shard
 from zimage_lit import __version__
 from zimage_lit.errors import UserError
-from zimage_lit.files import write_atomically
+from zimage_lit.files import locked, write_atomically
 from zimage_lit.progress import progress_over
 
 RESULT, PROMPTS = "result.json", "prompts.jsonl"
@@ -57,7 +57,7 @@ def score(work: BenchmarkPass, described: Described, drawn: bool) -> bool:
     """
     metrics = {mode: BenchmarkMetric(work.part.module, work.prompts, mode) for mode in get_args(Mode)}
     sizes: Counter[str] = Counter()
-    with locked(work.folder / ".score.lock"):  # shards that end together would write the same at once
+    with locked(work.folder / ".score.lock", ANOTHER_OUTPUT):  # shards that end together would write the same at once
         try:
             write_lines(work.folder / PROMPTS, _prompt_lines(work, described, drawn, metrics, sizes))
         except Unfinished:

@@ -1,17 +1,15 @@
 """Several processes that share one evaluation: who does what, and who may write where."""
 
-import fcntl
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from zimage_lit.errors import UserError
 
 T = TypeVar("T")
+ANOTHER_OUTPUT = "name another output=…"  # the way out where a folder cannot be used
 
 
 @dataclass(frozen=True)
@@ -46,25 +44,3 @@ def shard_of(text: str | None, environment: Mapping[str, str] = os.environ) -> S
     if not 0 <= shard.number < shard.of:
         raise UserError(f"shard={text}: there are the shards 1/{shard.of} to {shard.of}/{shard.of}.")
     return shard
-
-
-@contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold a lock, which is the kernel's: it goes with the process that holds it, however that ends.
-
-    Without `wait`, UserError where another process holds it; and where nothing can be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("w")
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot be written to ({error.strerror}): name another output=….") from error
-    with stream:
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(
-                f"another evaluation is at work in {path.parent}: wait for it, give each a share of its own with "
-                "shard=1/2 and so on, or name another output=…."
-            ) from None
-        yield

@@ -30,11 +30,11 @@ from evaluation.judges.contract import Judge, JudgeRecord
 from evaluation.judging import ask, build_judges, look, record_of
 from evaluation.pictures import PictureFolder
 from evaluation.scoring import RESULT, Described, score
-from evaluation.shards import Shard, locked, shard_of
+from evaluation.shards import ANOTHER_OUTPUT, Shard, shard_of
 from evaluation.suite import WITHOUT_FILES, Part, parts_of
 from zimage_lit.config import settings_from
 from zimage_lit.errors import UserError, at_least_one
-from zimage_lit.files import read_json
+from zimage_lit.files import locked, read_json
 from zimage_lit.pipeline import ZImagePipeline, check_lengths, load_pipeline, sampling_arguments
 
 
@@ -156,7 +156,11 @@ def evaluate(asked: EvaluateSettings) -> list[Path]:
         check_output(asked, work)
     with ExitStack() as locks:
         for work in works:
-            locks.enter_context(locked(work.folder / f".lock{shard.suffix}", wait=False))
+            busy = (
+                f"another evaluation is at work in {work.folder}: wait for it, give each a share of its own with "
+                f"shard=1/2 and so on, or {ANOTHER_OUTPUT}."
+            )
+            locks.enter_context(locked(work.folder / f".lock{shard.suffix}", ANOTHER_OUTPUT, busy))
         made = {work.part: images_described(asked, work) for work in works}
         if asked.model:
             works, made = draw_all(asked, works, shard)
@@ -339,7 +343,9 @@ def report(asked: EvaluateSettings, results: Sequence[Path]) -> None:
     from evaluation.report.write import write_report
     from zimage_lit.tracking import ResilientMLFlowLogger
 
-    with locked(Path(asked.output) / ".report.lock"):  # shards that end together would write the same at once
+    with locked(
+        Path(asked.output) / ".report.lock", ANOTHER_OUTPUT
+    ):  # shards that end together would write the same at once
         for folder in results:
             write_report([folder], folder)
         if len(results) > 1:

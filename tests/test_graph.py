@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lock_holder import held_by_another
 
 from zimage_lit import cli, graph_run
 from zimage_lit.config import flatten
@@ -355,7 +356,7 @@ def test_scores_that_were_not_reached_are_all_that_is_missing(life, asked, monke
 
 
 def test_two_commands_do_not_work_on_one_graph_at_once(life, asked, capsys):
-    with graph_run.alone_in(life / "outputs/life"):
+    with held_by_another(life / "outputs/life" / graph_run.LOCK):
         assert run("life") == 2 and not asked
         assert "another command is at work in outputs/life: wait for its end" in capsys.readouterr().err
         assert run("life", "--dry-run") == 0
@@ -365,7 +366,10 @@ def test_two_commands_do_not_work_on_one_graph_at_once(life, asked, capsys):
 def test_a_folder_that_cannot_be_is_named(life, asked, capsys):
     (life / "file").write_text("")
     assert run("life", "run.output_dir=file/life") == 2 and not asked
-    assert "run.output_dir: file/life cannot be written to" in capsys.readouterr().err
+    assert (
+        "file/life cannot be written to (Not a directory): set run.output_dir to another folder."
+        in capsys.readouterr().err
+    )
 
 
 def test_the_stages_of_a_graph_are_runs_below_its_own(life):

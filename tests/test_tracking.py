@@ -8,8 +8,6 @@ import re
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
+from lock_holder import held_by_another
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
@@ -50,19 +49,14 @@ def image_names(client: MlflowClient, run_id: str | None) -> list[str]:
 
 
 def test_runs_that_begin_together_open_the_store_one_after_the_other(tmp_path: Path) -> None:
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print('held', flush=True); input()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path / "mlflow.db.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert other.stdin and other.stdout and other.stdout.readline() == b"held\n"
     arguments = ("x", str(tmp_path / "run"))
     opening = threading.Thread(
         target=ResilientMLFlowLogger, args=arguments, kwargs={"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
     )
-    opening.start()
-    opening.join(0.5)
-    assert opening.is_alive() and not (tmp_path / "mlflow.db").exists()
-    other.communicate(b"\n")
+    with held_by_another(tmp_path / "mlflow.db.lock"):
+        opening.start()
+        opening.join(0.5)
+        assert opening.is_alive() and not (tmp_path / "mlflow.db").exists()
     opening.join(60)
     assert not opening.is_alive() and (tmp_path / "mlflow.db").exists()
 

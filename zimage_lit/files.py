@@ -1,8 +1,10 @@
-"""Small files: JSON that is read with one clear sentence where it is none, and writes that nothing can tear."""
+"""Small files: JSON that is read with one clear sentence where it is none, writes that nothing can tear, and locks."""
 
+import fcntl
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,26 @@ def parse_json(text: str, place: str, way_out: str = AGAIN) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{place} must hold a JSON object: {way_out}.")
     return content
+
+
+@contextmanager
+def locked(path: Path, way_out: str, busy: str | None = None) -> Iterator[None]:
+    """Hold a lock, which is the kernel's: it goes with the process that holds it, however that ends.
+
+    Waits for whoever holds it; with `busy`, a UserError of these words at once. path: of an empty file, made with its
+    folder if missing. Raises UserError, which ends with the way out, where it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("w")
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be written to ({error.strerror}): {way_out}.") from error
+    with stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise UserError(f"{busy}") from None
+        yield
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -8,7 +8,6 @@ stages are judged anew and not run again.
 """
 
 import ctypes
-import fcntl
 import importlib
 import json
 import os
@@ -29,7 +28,7 @@ from evaluation.benchmarks import geneval
 from zimage_lit.cli import TASKS
 from zimage_lit.config import compose, did_you_mean, one_line, settings_from
 from zimage_lit.errors import UserError
-from zimage_lit.files import read_json, write_atomically
+from zimage_lit.files import locked, read_json, write_atomically
 from zimage_lit.graph import OVERALL, SCORES, Graph, Stage, fingerprints, read_graph, typed
 from zimage_lit.run_folder import set_aside
 from zimage_lit.tracking import PARENT, RUN_FILE, TAGS_VARIABLE, ResilientMLFlowLogger
@@ -116,7 +115,9 @@ def run_graph(name: str, overrides: Sequence[str], options: GraphOptions) -> int
         check_inputs(asked, graph, prints, state)
         show(graph, asked, prints, state, anew)
         return 0
-    with alone_in(graph.folder):
+    # one command at a time: two would each forget what the other has done
+    busy = f"another command is at work in {graph.folder}: wait for its end, or stop it."
+    with locked(graph.folder / LOCK, "set run.output_dir to another folder", busy):
         state = State.of(graph.folder)
         check_inputs(asked, graph, prints, state)
         state.forget(anew)
@@ -129,22 +130,6 @@ def run_graph(name: str, overrides: Sequence[str], options: GraphOptions) -> int
                 print(f"report: {graph.folder / REPORT}")
             logger.finalize("failed" if code else "success")
     return code
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """One command at a time: two would each forget what the other has done. The end of the process frees it, too."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("w")
-    except OSError as error:
-        raise UserError(f"run.output_dir: {folder} cannot be written to ({one_line(error)}).") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another command is at work in {folder}: wait for its end, or stop it.") from None
-        yield
 
 
 def run_missing(

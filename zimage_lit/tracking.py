@@ -6,7 +6,6 @@ what could not be sent is sent when the run is resumed or by `python -m zimage_l
 """
 
 import atexit
-import fcntl
 import json
 import logging
 import math
@@ -35,7 +34,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from PIL import Image
 
 from zimage_lit.errors import UserError
-from zimage_lit.files import read_json, write_atomically
+from zimage_lit.files import locked, read_json, write_atomically
 from zimage_lit.grids import encoded
 from zimage_lit.spool import Spool, deliver, first_line
 
@@ -337,17 +336,11 @@ def send_spool(output_dir: str | Path, tracking_uri: str | None = None) -> int:
 
 @contextmanager
 def sole_opening(uri: str) -> Iterator[None]:
-    """One process at a time where the store is an SQLite file: two that begin together would both make its tables.
-
-    The lock is the kernel's: it goes with the process that holds it, however that ends.
-    """
+    """One process at a time where the store is an SQLite file: two that begin together would both make its tables."""
     if not uri.startswith("sqlite:///"):
         yield
         return
-    lock = Path(uri.removeprefix("sqlite:///") + ".lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as stream:
-        fcntl.lockf(stream, fcntl.LOCK_EX)
+    with locked(Path(uri.removeprefix("sqlite:///") + ".lock"), "name another store"):
         yield
 
 

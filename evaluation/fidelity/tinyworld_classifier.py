@@ -7,11 +7,9 @@ is convolutional. Trained by `classifier_training.py`; two seeds or widths give 
 rewarded by and one to be measured by.
 """
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +25,7 @@ from data_modules.tinyworld.combinations import CLASSES, COLORS, Metadata
 from data_modules.tinyworld.glyphs import GLYPHS
 from data_modules.tinyworld.world import CELL, OBJECT_SIZE
 from zimage_lit.errors import UserError, at_least_one
-from zimage_lit.files import read_json, write_atomically
+from zimage_lit.files import locked, read_json, write_atomically
 
 FORMAT = 1  # of the files, and of what is learnt: another number, and older classifiers are made anew
 KINDS = ("empty", *CLASSES, "junk")  # what a cell holds; junk: a thing that is none of the shapes
@@ -186,9 +184,10 @@ def obtain(folder: str | Path, config: ClassifierConfig | None = None, progress:
 
     folder, config = Path(folder), config or ClassifierConfig()
     if not (folder / CONFIG).is_file():
-        with _sole_training(folder):
+        with locked(folder / LOCK, "name another folder for the classifier"):
             if not (folder / CONFIG).is_file():  # the one that was waited for may have made it
                 save_classifier(train_classifier(config, progress), folder)
+        (folder / LOCK).unlink(missing_ok=True)
     classifier = load_classifier(folder)
     if classifier.config != config:
         raise UserError(
@@ -196,22 +195,6 @@ def obtain(folder: str | Path, config: ClassifierConfig | None = None, progress:
             "name another folder, or delete this one to have it trained anew."
         )
     return classifier
-
-
-@contextmanager
-def _sole_training(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which is the kernel's and goes with its process; the folder is made if missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / LOCK).open("w")
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written to ({error.strerror}): name another folder for the classifier."
-        ) from error
-    with stream:
-        fcntl.lockf(stream, fcntl.LOCK_EX)
-        yield
-    (folder / LOCK).unlink(missing_ok=True)
 
 
 def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:

@@ -1,7 +1,6 @@
 """`lightning run evaluate`: the same result after any kill and for any shards, with all that was lost counted and
 named."""
 
-import fcntl
 import importlib.util
 import io
 import json
@@ -21,6 +20,7 @@ import fake_judges
 import pytest
 from benchmark_files import ROOT, official
 from lightning.pytorch.utilities import rank_zero_only
+from lock_holder import held_by_another
 from PIL import Image
 from result_folders import result_folder
 from variants import write_pipeline
@@ -312,22 +312,9 @@ def test_torchruns_ranks_are_shards() -> None:
 
 
 def test_two_processes_do_not_do_the_same(pictures: Path, data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "out/geneval"
-    folder.mkdir(parents=True)
-    with (folder / ".lock").open("w") as stream:
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:  # the kernel's locks are a process's own
-            fcntl.lockf(stream, fcntl.LOCK_EX)
-            os.write(writer, b"!")
-            signal.pause()
-        os.read(reader, 1)
-        try:
-            with pytest.raises(UserError, match="another evaluation is at work"):
-                evaluate_task(settings_for(pictures, data, tmp_path / "out"))
-        finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+    refused = pytest.raises(UserError, match="another evaluation is at work")
+    with held_by_another(tmp_path / "out/geneval/.lock"), refused:
+        evaluate_task(settings_for(pictures, data, tmp_path / "out"))
     evaluate_task(settings_for(pictures, data, tmp_path / "out"))
 
 
