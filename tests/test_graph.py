@@ -491,6 +491,17 @@ def test_fingerprints_tell_settings_and_origins_apart(life):
         ),
         (["stages.left.set.trainer.max_step=1"], r"stages.left \(toy\): .*max_step"),
         (["stages.both.set.weight=[1]"], r"stages.both \(merge\): .*weight"),
+        (
+            [
+                "stages.more={run: pairs, set: {model: '${stage:left}', prompts: tinyworld, objective: brightness, "
+                "rewards: {a: {class_path: zimage_lit.rewards.controls.Brightness, init_args: {weigth: 2}}}}}"
+            ],
+            r"stages.more \(pairs\): rewards.a.init_args.weigth is not a setting of Brightness",
+        ),
+        (
+            ["score={benchmark: tinyworld, language: en, judges: {reader: {class_path: evaluation.nothing.Reader}}}"],
+            r"score \(evaluate\): judges.reader.class_path",
+        ),
         (["stages.left.against=right"], r"stages.left.against names 'right', which is no stage before it"),
         (["stages.left.against=base"], r"stages.left.against compares what `lifts` names"),
         (["stages.left.lifts=word"], r"stages.left.lifts is told by what judges the stages: give `score`, too"),

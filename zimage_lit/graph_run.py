@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from rich.console import Console
 from rich.table import Table
@@ -289,7 +289,7 @@ def passing_on_signals(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 def check_stages(graph: Graph) -> None:
     """Every stage's settings, as far as they can be checked before what they begin from is there."""
-    from zimage_lit.validate import check_config
+    from zimage_lit.validate import check_config, check_value
 
     commands = [(f"stages.{stage.name}", stage.words) for stage in graph.stages]
     if graph.score is not None:
@@ -298,7 +298,9 @@ def check_stages(graph: Graph) -> None:
         try:
             if runs in TASKS:
                 module = importlib.import_module(TASKS[runs].function.partition(":")[0])
-                settings_from(getattr(module, TASKS[runs].settings), words)
+                settings = settings_from(getattr(module, TASKS[runs].settings), words)
+                for key, hint in get_type_hints(type(settings)).items():  # the components among them
+                    check_value(key, getattr(settings, key), hint)
             else:
                 check_config(compose(runs, words))
         except UserError as error:
