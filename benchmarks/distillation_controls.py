@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from zimage_lit.objectives import flow_matching
-from zimage_lit.sampling import sigmas
 from zimage_lit.sampling.guidance import guided_velocity
 from zimage_lit.stages.dmdr import DMDRModule, Generated, Terms
 
@@ -58,7 +57,7 @@ class RewardAndL2(RewardAlone):
 
     @torch.no_grad()
     def drawn_at_first(self, generated: Generated, batch: dict[str, Any], step: int) -> list[Tensor]:
-        grid = sigmas(self.rollout.num_inference_steps, self.rollout.shift)[: generated.step_index + 1]
+        grid = self.rollout.grid[: generated.step_index + 1]
         with self.roles.acting("teacher") as network:
             velocity = guided_velocity(network, generated.features, None, guidance_scale=1.0)
             latents = self.noise(self.shapes(batch), "noise", step)

@@ -178,15 +178,18 @@ def test_the_roll_out_is_the_serving_path_up_to_its_last_forward(teacher, tmp_pa
 
 
 @pytest.mark.parametrize(("name", "scale"), [("coupled", 3.0), ("decoupled", 3.0), ("decoupled", 1.0)])
-def test_terms_are_the_formulas_written_out_sample_by_sample(teacher, tmp_path, name, scale):
+@pytest.mark.parametrize(("step", "early"), [(0, True), (8, False)])  # of the student, before and after guidance begins
+def test_terms_are_the_formulas_written_out_sample_by_sample(teacher, tmp_path, name, scale, step, early):
     settings = ObjectiveSettings(name, guidance_scale=scale, cfg_start=0.4, clamp=0.1)
     module = ready(teacher, "copies", tmp_path, objective=settings)
     batch = batch_of(range(SAMPLES))
-    generated = module.generate(batch, 5)
-    terms = module.terms(generated, 5)
-    noisy, t = module.renoised(generated, settings.matching, "matching", 5)
+    generated = module.generate(batch, step)
+    own = 1 - float(sigmas(module.rollout.num_inference_steps, module.rollout.shift)[generated.step_index])
+    assert (own < 0.4) == early
+    terms = module.terms(generated, step)
+    noisy, t = module.renoised(generated, settings.matching, "matching", step)
     law = RenoiseLaw("cleaner", shift=module.rollout.shift)
-    other = (noisy, t) if name == "coupled" else module.renoised(generated, law, "guidance", 5)
+    other = (noisy, t) if name == "coupled" else module.renoised(generated, law, "guidance", step)
     (empty,) = module.text_encoder.encode([""])
 
     def sees(role, x, time, caption):
@@ -197,7 +200,7 @@ def test_terms_are_the_formulas_written_out_sample_by_sample(teacher, tmp_path, 
         x, caption = generated.clean[i].detach(), batch["caption_features"][i]
         real, fake = (sees(role, noisy[i], t[i], caption) for role in ("teacher", "fake_score"))
         c, u = (sees("teacher", other[0][i], other[1][i], text) for text in (caption, empty))
-        if other[1][i] < 0.4:
+        if other[1][i] < 0.4 or own < 0.4:
             u = c
         target = u + scale * (c - u) if name == "coupled" else real
         expected = (fake - target) / (x - target).abs().mean().clamp(min=0.1)

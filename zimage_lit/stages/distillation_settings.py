@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from zimage_lit.errors import UserError, at_least_one
 from zimage_lit.objectives.timesteps import RenoiseLaw
-from zimage_lit.sampling import check_schedule
+from zimage_lit.sampling import check_schedule, sigmas
 from zimage_lit.sampling.guidance import check_guidance
 
 
@@ -23,6 +25,11 @@ class RolloutSettings:
         if self.sampler not in ("euler", "renoise"):
             raise UserError(f"model.init_args.rollout.sampler must be euler or renoise, not {self.sampler}.")
 
+    @property
+    def grid(self) -> Tensor:
+        """Noise levels 1 - t from 1 to 0, (num_inference_steps + 1,)."""
+        return sigmas(self.num_inference_steps, self.shift)
+
 
 @dataclass
 class ObjectiveSettings:
@@ -34,7 +41,7 @@ class ObjectiveSettings:
 
     name: Literal["decoupled", "coupled"] = "decoupled"
     guidance_scale: float = 4.0  # the teacher's; 1 = none
-    cfg_start: float = 0.0  # no guidance at noise of an earlier t (0 = noise, 1 = clean)
+    cfg_start: float = 0.0  # no guidance at noise of an earlier t, nor for steps of the student from one (0 = noise)
     clamp: float = 0.1  # least distance by which a term is divided
     matching: RenoiseLaw = field(default_factory=RenoiseLaw)  # noise at which student and teacher are compared
     guidance: RenoiseLaw | None = None  # decoupled: noise at which guidance acts; null: cleaner than the student's step

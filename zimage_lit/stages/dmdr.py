@@ -24,7 +24,6 @@ from zimage_lit.objectives import distillation, flow_matching
 from zimage_lit.objectives.timesteps import RenoiseLaw, TimestepLaw, dynamic_teacher_scale
 from zimage_lit.rewards import RewardSet, find_rewards
 from zimage_lit.rng import generator
-from zimage_lit.sampling import sigmas
 from zimage_lit.sampling.guidance import guided, guided_velocity
 from zimage_lit.sampling.solvers import SOLVERS
 from zimage_lit.stages.distillation_settings import DynamicGuidanceSettings, ObjectiveSettings, RolloutSettings
@@ -322,7 +321,7 @@ class DMDRModule(LightningModule):
         """
         check_text_to_image(batch, "DMDRModule", pictures=False)
         features = caption_features(self.text_encoder, batch)
-        grid = sigmas(self.rollout.num_inference_steps, self.rollout.shift)
+        grid = self.rollout.grid
         index = int(torch.randint(len(grid) - 1, (), generator=generator(self.seed, "train/step_index", step)))
         noise = self.noise(self.shapes(batch), "noise", step)
         latents = self.simulate(noise, features, grid[: index + 1], step)
@@ -410,7 +409,7 @@ class DMDRModule(LightningModule):
         shapes = [shape for shape in self.shapes(batch) for _ in range(settings.group_size)]
         batch = repeated(batch, settings.group_size)
         features = caption_features(self.text_encoder, batch)
-        grid = sigmas(self.rollout.num_inference_steps, self.rollout.shift)
+        grid = self.rollout.grid
         eta = settings.eta if self.rollout.sampler == "euler" else 1.0
         drawn = roll_out(
             guided_velocity(self.backbone, features, None, guidance_scale=1.0),
@@ -444,7 +443,8 @@ class DMDRModule(LightningModule):
             return Terms(dm, None, distillation.gap(clean, teacher, fake), None)
         teacher, conditional, unconditional = self.seen_by_teacher(noisy, t, noisy_ca, t_ca, features)
         pairs = zip(conditional, unconditional, t_ca.tolist(), strict=True)
-        unconditional = [c if time < settings.cfg_start else u for c, u, time in pairs]
+        own = 1 - float(self.rollout.grid[generated.step_index])  # where the student steps: the teacher is guided later
+        unconditional = [c if min(time, own) < settings.cfg_start else u for c, u, time in pairs]
         dm = distillation.dm_direction(clean, teacher, fake, settings.clamp)
         ca = distillation.ca_direction(clean, conditional, unconditional, settings.guidance_scale, settings.clamp)
         figures = distillation.gap(clean, teacher, fake), distillation.cosine(dm, ca)
