@@ -3,15 +3,18 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 from docs_pages import DOCS, blocks_of, run_words
 from mlflow import MlflowClient
 
+from evaluation.fidelity.tinyworld_classifier import ClassifierConfig
 from zimage_lit import cli, graph_run
 from zimage_lit.files import read_json
 from zimage_lit.graph import read_graph
+from zimage_lit.rewards import tinyworld_likelihood
 
 SMALL = """
 description: {name} with few pictures
@@ -69,6 +72,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("low-res", "omni", "sft", "sft-words", "sft-counting"):
             (folder / f"experiments/small/{name}.yaml").write_text(SMALL.format(name=name))
         patch.setattr(graph_run, "run_command", in_this_process)
+        quick = partial(ClassifierConfig, steps=2, num_pictures=64)  # of the reward; it need not be right
+        patch.setattr(tinyworld_likelihood, "ClassifierConfig", quick)
         assert cli.main(["run", "lifecycle", *(f"{key}={value}" for key, value in QUICK.items())]) == 0
     return folder
 
