@@ -224,7 +224,7 @@ def draw_all(
     asked: EvaluateSettings, works: Sequence[BenchmarkPass], shard: Shard
 ) -> tuple[list[BenchmarkPass], dict[Part, dict[str, Any]]]:
     """Draw what is missing of every benchmark; the works with their pictures' sizes, and how the pictures are made."""
-    pipeline = load_pipeline(str(asked.model), asked.device)
+    pipeline = load_pipeline(str(asked.model), asked.device, "model")
     sized = [replace(work, size=size_of(asked, work.part, pipeline)) for work in works]
     calls = {work.part: sampling_arguments(replace(asked, size=work.size), pipeline) for work in sized}
     made = {}

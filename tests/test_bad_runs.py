@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lock_holder import held_by_another
 
 from zimage_lit import cli
 from zimage_lit.run_folder import last_checkpoint, read_status
@@ -100,6 +101,22 @@ def test_a_value_out_of_its_range_is_one_sentence(folder, monkeypatch, capsys, s
     monkeypatch.chdir(folder)
     line = error_of(["run.name=range", setting], capsys)
     assert message in line and len(line) < 300 and "Union" not in line
+
+
+def test_a_beginning_that_is_not_there_is_named_before_data_are_drawn(folder, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    words = ["run.name=next", "model.init_args.init_from=outputs/bas", "data.init_args.data_dir=none_yet"]
+    assert "model.init_args.init_from: there is no outputs/bas: run what makes it first" in error_of(words, capsys)
+    assert not Path("none_yet").exists()
+
+
+def test_two_commands_do_not_work_on_one_run_at_once(folder, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    with held_by_another(folder / "outputs/.twice.lock"):
+        message = error_of(["run.name=twice"], capsys)
+        assert "another command is at work in outputs/twice: wait for its end, stop it, or give another" in message
+        assert not Path("outputs/twice").exists()
+    assert cli.main(["run", *SMALL, "run.name=twice"]) == 0
 
 
 def test_sizes_on_top_of_a_presets_name_are_refused(folder, monkeypatch, capsys) -> None:

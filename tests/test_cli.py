@@ -119,6 +119,7 @@ def test_print_config_shows_what_would_run_and_runs_again_as_a_file(toy: Path, c
     ("words", "message"),
     [
         (["run", "toyy"], "there is no experiment or task 'toyy' (did you mean 'toy'?)"),
+        (["run", "qqq"], "experiments nor zimage-lit has one; --list shows them all"),
         (["run", "generte", "checkpoint=x"], "(did you mean 'generate'?)"),
         (
             ["run", "toy", "trainer.max_step=3"],

@@ -482,6 +482,7 @@ def test_fingerprints_tell_settings_and_origins_apart(life):
         (["score=tinyworld"], r"score must be a mapping"),
         (["score.model=here"], r"score.model is set by the graph"),
         (["stages.leff.set.trainer.max_steps=1"], r"stages.leff has no run: .*\(did you mean 'left'\?\)"),
+        (["stages.omni.set.trainer.max_steps=1"], r"stages.omni has no run: correct its name \(there are base, left"),
         (["stages={../x: {run: toy}}"], r"a stage's name is that of its folder: leave / and .. out"),
         (["stages.left.set.model.init_args.encoder.init_args.folder=${stage:left}"], "stages.left begins from itself"),
         (["stages.base.set.data.init_args.folder=outputs/life/left/pipeline"], "stages.base begins from left, which"),

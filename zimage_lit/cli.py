@@ -12,7 +12,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from zimage_lit.config import (
     to_yaml,
 )
 from zimage_lit.errors import SharedError, UserError, root_of
+from zimage_lit.files import locked
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,10 @@ def experiment(name: str) -> str:
     """The name itself, if there is such an experiment."""
     known = [*experiment_files(), *TASKS]
     if not is_file_name(name) and name not in known:
-        raise UserError(f"there is no experiment or task '{name}'{did_you_mean(name, known)}; --list shows them all")
+        raise UserError(
+            f"there is no experiment or task '{name}'{did_you_mean(name, known)}: neither {Path.cwd() / 'experiments'} "
+            "nor zimage-lit has one; --list shows them all"
+        )
     find_experiment(name)
     return name
 
@@ -212,10 +217,30 @@ def train(name: str, overrides: list[str]) -> int:
     settings = settings_from(RunSettings, config["run"], section="run")
     first_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     # Lightning starts the other processes with this very command line
-    start = plan_start(settings, config, first_process)
-    if start.note and first_process:
-        print(start.note)
-    return 0 if start.finished else fit(settings, config, start.checkpoint, first_process)
+    with alone_in(settings.output_dir) if first_process else nullcontext():
+        start = plan_start(settings, config, first_process)
+        if start.note and first_process:
+            print(start.note)
+        return 0 if start.finished else fit(settings, config, start.checkpoint, first_process)
+
+
+@contextmanager
+def alone_in(output_dir: str) -> Iterator[None]:
+    """One command at a time: two would write over each other. Beside the folder, which resume=never moves aside; a run
+    that is refused before it has a folder leaves nothing."""
+    folder = Path(output_dir).resolve()
+    lock = folder.with_name(f".{folder.name}.lock")
+    made = [parent for parent in lock.parents if not parent.exists()]
+    busy = f"another command is at work in {output_dir}: wait for its end, stop it, or give another run.name."
+    with locked(lock, "give another run.output_dir", busy):
+        try:
+            yield
+        finally:
+            if not folder.exists():
+                lock.unlink(missing_ok=True)
+                with suppress(OSError):  # where something else lies in them by now
+                    for parent in made:
+                        parent.rmdir()
 
 
 def fit(settings: RunSettings, config: dict[str, Any], checkpoint: Path | None, first_process: bool) -> int:
@@ -223,13 +248,15 @@ def fit(settings: RunSettings, config: dict[str, Any], checkpoint: Path | None, 
     from zimage_lit.callbacks.clean_stop import CleanStop, RunStopped
     from zimage_lit.callbacks.run_config import RunConfig
     from zimage_lit.run_folder import write_status
-    from zimage_lit.stages.initial_weights import read_checkpoint
+    from zimage_lit.stages.initial_weights import check_beginning, read_checkpoint
     from zimage_lit.strategies import FSDP2Strategy
 
     for message in IDLE_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     if checkpoint:
         read_checkpoint(checkpoint)  # a damaged one is named before anything is built
+    else:
+        check_beginning(config)
     built = build(config)
     if checkpoint and checkpoint.is_dir() and not isinstance(built.trainer.strategy, FSDP2Strategy):
         raise UserError(f"{checkpoint} is a sharded checkpoint: give trainer.strategy=fsdp2 (on one device, too).")

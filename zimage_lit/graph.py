@@ -152,8 +152,11 @@ def read_stage(
     if not name or name != Path(name).name or name in (".", ".."):
         raise UserError(f"stages.{name}: a stage's name is that of its folder: leave / and .. out.")
     if values.get("run") is None:
-        meant = did_you_mean(name, [other for other in config["stages"] if other != name])
-        raise UserError(f"stages.{name} has no run: name an experiment or a task, stages.{name}.run=…{meant}")
+        meant = did_you_mean(name, [other for other in config["stages"] if other != name], listing="there are")
+        raise UserError(
+            f"stages.{name} has no run: correct its name{meant}, or give a new stage an experiment or a task, "
+            f"stages.{name}.run=…"
+        )
     runs, known = values.get("run"), [*experiment_files(), *TASKS]
     if runs not in known:
         raise UserError(f"stages.{name}.run is {runs!r}, no experiment or task{did_you_mean(str(runs), known)}")

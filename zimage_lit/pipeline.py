@@ -554,11 +554,11 @@ def _write_pictures(
     return pictures
 
 
-def load_pipeline(checkpoint: str | Path, device: str | None = None) -> ZImagePipeline:
-    """The pipeline behind a pipeline's folder, a run's folder or a run's checkpoint (.ckpt)."""
+def load_pipeline(checkpoint: str | Path, device: str | None = None, key: str = "checkpoint") -> ZImagePipeline:
+    """The pipeline behind a pipeline's folder, a run's folder or a run's checkpoint (.ckpt); `key` named it."""
     path = Path(checkpoint)
     if not path.exists():
-        raise UserError(f"There is no checkpoint {path}; give a pipeline's folder, a run's folder or a .ckpt file.")
+        raise UserError(f"{key}: there is no {path}; give a pipeline's folder, a run's folder or a .ckpt file.")
     if path.is_file() or path.suffix == ".ckpt":
         return _from_training_checkpoint(path, device)
     if (path / "model_index.json").is_file():

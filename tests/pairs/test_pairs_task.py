@@ -403,7 +403,7 @@ WARM = {"class_path": "toy_rewards.Warmth"}
             {"rewards": {"warm": {**WARM, "init_args": {"held_out": True}}}, "objective": "warmth", "matched": {}},
             "the reward warmth is held out and must not decide: take it out of objective",
         ),
-        ({"model": "absent"}, "There is no checkpoint absent"),
+        ({"model": "absent"}, "model: there is no absent; give a pipeline"),
         ({"height": 33}, "height=33 does not fit this model"),
         ({"tasks": ["word"]}, "tasks are those of prompts=tinyworld"),
         ({"smaples": 3}, "smaples"),

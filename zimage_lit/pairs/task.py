@@ -145,7 +145,7 @@ def make_pairs(asked: PairsSettings) -> None:
     rules = asked.rules
     rewards = build_rewards(asked.rewards)
     check_rewards(rewards, rules)
-    pipeline = load_pipeline(asked.model, asked.device)
+    pipeline = load_pipeline(asked.model, asked.device, "model")
     call = sampling_arguments(asked, pipeline)
     prompts, repeated = read_prompts(asked.prompts, asked.tasks, asked.num_prompts, asked.seed, call["width"])
     useful = judged_prompts(prompts, rewards, rules)

@@ -21,6 +21,7 @@ from zimage_lit.lora import LoRASettings, apply_lora, is_adapter, kept_weights, 
 from zimage_lit.sharded_checkpoints import ShardedTensors, is_sharded, read_sharded
 from zimage_lit.stages.optimizers import OptimizerSettings, kind_of_states
 
+OF_A_RUN = "run:"  # before the id of an MLflow run, of which the last checkpoint is meant
 PREFIX = "backbone."  # of the backbone's tensors in a checkpoint
 
 
@@ -44,6 +45,18 @@ def backbone_config(settings: str | dict[str, Any]) -> S3DiTConfig:
         )
     base = S3DiTConfig.preset(changes.pop("preset"))
     return settings_from(S3DiTConfig, {**vars(base), **changes}, section=key)
+
+
+def check_beginning(config: Mapping[str, Any]) -> None:
+    """UserError where an experiment's stage shall begin from what is not there, before any data are drawn for it."""
+    model = config.get("model") or {}
+    if str(model.get("class_path")).startswith("zimage_lit."):
+        for name in ("init_from", "student_init_from"):
+            source = (model.get("init_args") or {}).get(name)
+            if source and not source.startswith(OF_A_RUN) and not Path(source).exists():
+                raise UserError(
+                    f"model.init_args.{name}: there is no {source}: run what makes it first, or name another one."
+                )
 
 
 def stage_backbone(
@@ -220,8 +233,8 @@ def open_weights(path: Path) -> Mapping[str, torch.Tensor]:
 
 def located(init_from: str, tracking_uri: str | None) -> Path:
     """The folder or file that `init_from` names, that of a run of MLflow looked up."""
-    is_run = init_from.startswith("run:")
-    return run_checkpoint(init_from.removeprefix("run:"), tracking_uri) if is_run else Path(init_from)
+    is_run = init_from.startswith(OF_A_RUN)
+    return run_checkpoint(init_from.removeprefix(OF_A_RUN), tracking_uri) if is_run else Path(init_from)
 
 
 def store_of(stage: Any) -> str | None:
