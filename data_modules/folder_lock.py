@@ -27,7 +27,7 @@ def is_prepared(data_dir: Path, settings: Mapping[str, Any], folder_key: str) ->
     different = differences(manifest.settings, settings)
     if different:
         raise UserError(
-            f"{data_dir} holds {manifest.name} prepared with {', '.join(different)}: "
+            f"{data_dir} holds {manifest.name} prepared with {', '.join(different)}: give the same settings to use it, "
             f"set {folder_key} to another folder, or delete this one to prepare it anew."
         )
     return True
