@@ -391,7 +391,7 @@ def test_generate_on_a_full_disk_keeps_what_is_written_and_says_where(own_folder
         ({"prompts": "/"}, "no file / to read prompts from; give a text file"),
         ({"prompts": "  "}, "prompts is empty"),
         ({"prompts": "circle " * 600}, "at most 512"),
-        ({"checkpoint": "nowhere"}, "no checkpoint nowhere"),
+        ({"checkpoint": "nowhere"}, "checkpoint: there is no nowhere; give"),
         ({"height": 40}, "height=40"),
         ({"width": 4096}, "width=4096 .* at most 1024"),
         ({"num_inference_steps": 0}, "at least 1"),
