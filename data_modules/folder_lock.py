@@ -27,8 +27,8 @@ def is_prepared(data_dir: Path, settings: Mapping[str, Any], folder_key: str) ->
     different = differences(manifest.settings, settings)
     if different:
         raise UserError(
-            f"{data_dir} holds {manifest.name} prepared with {', '.join(different)}: set {folder_key} to another folder, "
-            "delete this one to prepare it anew, or give the same settings to use it."
+            f"{data_dir} holds {manifest.name} prepared with {', '.join(different)}: set {folder_key} to another "
+            "folder, delete this one to prepare it anew, or give the same settings to use it."
         )
     return True
 
