@@ -203,8 +203,11 @@ def test_killed_and_stopped_preparations_go_on_and_end_in_the_same_bytes(
     data = tmp_path / "data"
     asked = PrepareSettings(str(pictures[0]), str(data), **{**SETTINGS, "num_workers": 2})
 
+    def finished_parts() -> int:
+        return len(list(data.glob(".parts/0*/part.json")))
+
     def slow_check(*arguments: Any) -> tuple[int, int]:
-        time.sleep(0.02)
+        time.sleep(0.5 if finished_parts() >= finished else 0.02)  # so that the end does not come before the signal
         return check(*arguments)
 
     check = part_writer.check
@@ -214,7 +217,7 @@ def test_killed_and_stopped_preparations_go_on_and_end_in_the_same_bytes(
         process = in_a_process(prepare, asked)
         assert process.pid is not None
         deadline = time.monotonic() + 30
-        while len(list(data.glob(".parts/0*/part.json"))) < finished and time.monotonic() < deadline:
+        while finished_parts() < finished and time.monotonic() < deadline:
             time.sleep(0.005)
         workers = descendants(process.pid)
         os.kill(process.pid, ending)
