@@ -71,9 +71,15 @@ def sole_preparation(data_dir: Path, folder_key: str) -> Iterator[None]:
     A preparation that fails or is killed leaves its mark, by which the next one knows the folder for its own. Raises
     UserError for a folder with files that no preparation began, or that cannot be written to.
     """
-    marker = data_dir / LOCK
-    if data_dir.is_dir() and not marker.exists() and any(data_dir.iterdir()) and not (data_dir / MANIFEST).exists():
+    marker, way_out = data_dir / LOCK, f"set {folder_key} to another folder"
+    try:
+        foreign = (
+            data_dir.is_dir() and any(data_dir.iterdir()) and not (marker.exists() or (data_dir / MANIFEST).exists())
+        )
+    except OSError as error:  # a folder that may not be looked into
+        raise UserError(f"{data_dir} cannot be written to ({error.strerror}): {way_out}.") from error
+    if foreign:
         raise UserError(f"{data_dir} is not empty and holds no data set: set {folder_key} to a folder of its own.")
-    with locked(marker, f"set {folder_key} to another folder"):
+    with locked(marker, way_out):
         yield
     marker.unlink(missing_ok=True)

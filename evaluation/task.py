@@ -343,9 +343,8 @@ def report(asked: EvaluateSettings, results: Sequence[Path]) -> None:
     from evaluation.report.write import write_report
     from zimage_lit.tracking import ResilientMLFlowLogger
 
-    with locked(
-        Path(asked.output) / ".report.lock", ANOTHER_OUTPUT
-    ):  # shards that end together would write the same at once
+    # shards that end together would write the same at once
+    with locked(Path(asked.output) / ".report.lock", ANOTHER_OUTPUT):
         for folder in results:
             write_report([folder], folder)
         if len(results) > 1:

@@ -95,7 +95,9 @@ def test_the_command_writes_bfloat16_unless_told_otherwise(shelf: Shelf, tmp_pat
 def test_a_run_is_found_by_its_id(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     checkpoint = shelf.run / "checkpoints" / "last.ckpt"
-    monkeypatch.setattr("zimage_lit.export.run_checkpoint", lambda *words: asked.append(words) or checkpoint)
+    monkeypatch.setattr(
+        "zimage_lit.stages.initial_weights.run_checkpoint", lambda *words: asked.append(words) or checkpoint
+    )
     words = {"form": "transformer", "dtype": "float32", "tracking_uri": "sqlite:///x.db"}
     export_task({"source": "run:0123", "output": str(tmp_path / "model"), **words})
     assert asked == [("0123", "sqlite:///x.db")]

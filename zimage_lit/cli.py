@@ -12,8 +12,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ from zimage_lit.config import (
     to_yaml,
 )
 from zimage_lit.errors import SharedError, UserError, root_of
-from zimage_lit.files import locked
 
 
 @dataclass(frozen=True)
@@ -212,35 +211,16 @@ def train(name: str, overrides: list[str]) -> int:
 
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    from zimage_lit.run_folder import plan_start
+    from zimage_lit.run_folder import alone_in, plan_start
 
     settings = settings_from(RunSettings, config["run"], section="run")
     first_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     # Lightning starts the other processes with this very command line
-    with alone_in(settings.output_dir) if first_process else nullcontext():
+    with alone_in(Path(settings.output_dir)) if first_process else nullcontext():
         start = plan_start(settings, config, first_process)
         if start.note and first_process:
             print(start.note)
         return 0 if start.finished else fit(settings, config, start.checkpoint, first_process)
-
-
-@contextmanager
-def alone_in(output_dir: str) -> Iterator[None]:
-    """One command at a time: two would write over each other. Beside the folder, which resume=never moves aside; a run
-    that is refused before it has a folder leaves nothing."""
-    folder = Path(output_dir).resolve()
-    lock = folder.with_name(f".{folder.name}.lock")
-    made = [parent for parent in lock.parents if not parent.exists()]
-    busy = f"another command is at work in {output_dir}: wait for its end, stop it, or give another run.name."
-    with locked(lock, "give another run.output_dir", busy):
-        try:
-            yield
-        finally:
-            if not folder.exists():
-                lock.unlink(missing_ok=True)
-                with suppress(OSError):  # where something else lies in them by now
-                    for parent in made:
-                        parent.rmdir()
 
 
 def fit(settings: RunSettings, config: dict[str, Any], checkpoint: Path | None, first_process: bool) -> int:

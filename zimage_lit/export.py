@@ -37,9 +37,9 @@ from zimage_lit.stages.initial_weights import (
     backbone_config,
     build_backbone,
     empty_backbone,
+    located,
     open_weights,
     read_checkpoint,
-    run_checkpoint,
 )
 
 FOLDERS = ("pipeline", "transformer")  # forms that are folders; the others are single files
@@ -137,7 +137,7 @@ def progress_bar(title: str, config: S3DiTConfig, dtype: torch.dtype) -> Iterato
 def open_source(name: str, tracking_uri: str | None = None) -> Source:
     """What `name` stands for: `run:ID`, a run's folder, a checkpoint, a folder with a pipeline or a backbone, or a
     ComfyUI file. Only headers are read. Raises UserError where there is nothing of the kind."""
-    path = run_checkpoint(name.removeprefix("run:"), tracking_uri) if name.startswith("run:") else Path(name)
+    path = located(name, tracking_uri)
     if not path.exists():
         raise UserError(f"there is no {path} to read weights from: check the path.")
     if (path / "checkpoints" / "last.ckpt").exists():

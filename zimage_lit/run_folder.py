@@ -3,9 +3,12 @@
 <output_dir>/config.yaml             the composed settings (an experiment file: it can be run again)
 <output_dir>/run.json                {"status": "running" | "stopped" | "failed" | "finished", "step": …}
 <output_dir>/checkpoints/last.ckpt   where `run.resume=auto` continues; a file, or a folder of a sharded run
+.<name of output_dir>.lock           beside it: held by the command that is at work there
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 
 from zimage_lit.config import RunSettings, as_typed, did_you_mean, flatten, read_yaml
 from zimage_lit.errors import UserError
-from zimage_lit.files import read_json, write_atomically
+from zimage_lit.files import locked, read_json, write_atomically
 
 # May differ between a run and its continuation: they change how long it runs and what is shown, not what is learned.
 # Everything else that differs is an error, because the checkpoint belongs to other settings.
@@ -48,6 +51,25 @@ class Start:
 
 def last_checkpoint(output_dir: Path) -> Path:
     return output_dir / "checkpoints" / "last.ckpt"
+
+
+@contextmanager
+def alone_in(output_dir: Path) -> Iterator[None]:
+    """One command at a time: two would write over each other. Beside the folder, which resume=never moves aside; a run
+    that is refused before it has a folder leaves nothing."""
+    folder = output_dir.resolve()
+    lock = folder.with_name(f".{folder.name}.lock")
+    made = [parent for parent in lock.parents if not parent.exists()]
+    busy = f"another command is at work in {output_dir}: wait for its end, stop it, or give another run.name."
+    with locked(lock, "give another run.output_dir", busy):
+        try:
+            yield
+        finally:
+            if not folder.exists():
+                lock.unlink(missing_ok=True)
+                with suppress(OSError):  # where something else lies in them by now
+                    for parent in made:
+                        parent.rmdir()
 
 
 def plan_start(run: RunSettings, config: dict[str, Any], first_process: bool) -> Start:

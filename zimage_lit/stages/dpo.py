@@ -129,14 +129,15 @@ class DPOModule(BackboneStage):
                 f"trainer.callbacks has rewards ({', '.join(reward.name for reward in rewards)}), and a DPOModule asks "
                 "nobody but its pairs: remove them, or make pairs with them by `lightning run pairs`."
             )
-        self.check_solver_of_pairs()
+        if self.preference.noise == "own":
+            self.check_solver_of_pairs()
         super().setup(stage)
 
     def check_solver_of_pairs(self) -> None:
-        """UserError where pictures shall be noised with what they came from and their solver drew more on the way."""
+        """UserError where the solver that drew the pictures drew more noise on the way than they came from."""
         manifest = getattr(getattr(self.trainer, "datamodule", None), "manifest", None)
         drawn = {} if manifest is None else manifest.settings
-        if self.preference.noise == "own" and (drawn.get("solver") == "renoise" or drawn.get("eta")):
+        if drawn.get("solver") == "renoise" or drawn.get("eta"):
             raise UserError(
                 f"model.init_args.preference.noise is own, and these pairs were drawn by {drawn['solver']} with "
                 "fresh noise at every step: set it to shared, or draw pairs with solver=euler."
