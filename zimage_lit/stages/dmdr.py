@@ -431,7 +431,8 @@ class DMDRModule(LightningModule):
         """Where teacher and fake score send the student's samples."""
         settings, clean, features = self.objective, [x.detach() for x in generated.clean], generated.features
         noisy, t = self.renoised(generated, settings.matching, "matching", step)
-        guides = settings.guidance_scale != 1
+        own = 1 - float(self.rollout.grid[generated.step_index])  # where the student steps
+        guides = settings.guidance_scale != 1 and own >= settings.cfg_start
         noisy_ca, t_ca = noisy, t
         if guides and settings.name == "decoupled":
             law = settings.guidance or RenoiseLaw("cleaner", shift=self.rollout.shift)
@@ -443,8 +444,7 @@ class DMDRModule(LightningModule):
             return Terms(dm, None, distillation.gap(clean, teacher, fake), None)
         teacher, conditional, unconditional = self.seen_by_teacher(noisy, t, noisy_ca, t_ca, features)
         pairs = zip(conditional, unconditional, t_ca.tolist(), strict=True)
-        own = 1 - float(self.rollout.grid[generated.step_index])  # where the student steps: the teacher is guided later
-        unconditional = [c if min(time, own) < settings.cfg_start else u for c, u, time in pairs]
+        unconditional = [c if time < settings.cfg_start else u for c, u, time in pairs]
         dm = distillation.dm_direction(clean, teacher, fake, settings.clamp)
         ca = distillation.ca_direction(clean, conditional, unconditional, settings.guidance_scale, settings.clamp)
         figures = distillation.gap(clean, teacher, fake), distillation.cosine(dm, ca)
