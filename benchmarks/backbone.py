@@ -218,8 +218,8 @@ def resident(field: str) -> int:
 def attention_kernel(options: argparse.Namespace) -> str:
     """Which of the ways in `attention.py` these options take."""
     if options.dtype == "float32" or (options.device == "cuda" and attention.varlen_attn is None):
-        return "scaled_dot_product_attention by runs of equal length"
-    return "varlen_attn" if options.device == "cuda" else "plain products by runs of equal length"
+        return "scaled_dot_product_attention by groups of like length"
+    return "varlen_attn" if options.device == "cuda" else "plain products by groups of like length"
 
 
 def report(options: argparse.Namespace, results: dict[str, dict[str, float]]) -> None:

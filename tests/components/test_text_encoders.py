@@ -84,10 +84,20 @@ def test_features_do_not_depend_on_batch_mates_or_autocast(folder: Path) -> None
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
-def test_batches_of_equal_length_give_the_same_features_up_to_rounding(folder: Path) -> None:
-    alone = Qwen3TextEncoder(folder).encode(CAPTIONS)
-    batched = Qwen3TextEncoder(folder, batch_size=4).encode(CAPTIONS)
-    torch.testing.assert_close(batched, alone, atol=5e-6, rtol=1e-5)
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_prompts_that_run_together_have_the_same_features_up_to_rounding(folder: Path, batch_size: int) -> None:
+    long = [" ".join([CAPTIONS[0]] * times) for times in (4, 7, 20)]  # 40, 70 and 200 tokens
+    encoder, runs = Qwen3TextEncoder(folder, batch_size=batch_size), []
+    encoder._load_model().register_forward_pre_hook(lambda _, args, given: runs.append(given), with_kwargs=True)
+    batched = encoder.encode(CAPTIONS + long)
+    torch.testing.assert_close(batched, Qwen3TextEncoder(folder).encode(CAPTIONS + long), atol=5e-6, rtol=1e-5)
+    shapes = [tuple(given["input_ids"].shape) for given in runs]
+    lengths = sorted(len(tokens) for tokens in encoder.tokenize(CAPTIONS + long))
+    assert 12 == lengths[4] < lengths[5] == 17  # one that 16 tokens and twice the shortest prompt leave out
+    short = [(4, lengths[3]), (2, lengths[5])] if batch_size == 4 else [(5, lengths[4]), (1, lengths[5])]
+    assert shapes == [*short, (2, lengths[7]), (1, lengths[8])]
+    encoder.encode(CAPTIONS)
+    assert len(runs) > len(shapes)  # nothing is kept of what depends on its mates
 
 
 def test_cache_returns_the_same_features_and_stays_bounded(folder: Path) -> None:

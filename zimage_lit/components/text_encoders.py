@@ -7,7 +7,7 @@ alike.
 import hashlib
 import string
 import warnings
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +15,14 @@ from typing import Any, Literal, Protocol, Self
 
 import torch
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 
 from zimage_lit.components.codecs import as_dtype, fingerprint, without_autocast
 from zimage_lit.errors import UserError
 from zimage_lit.files import read_json
 
 MAX_TOKENS = 512  # the published pipelines' limit, chat template included
+FEW_TOKENS = 16  # to which prompts that run together are padded freely; beyond, at most to twice the shortest one
 
 # The tiny tokenizer's own: as short as can be, for on a laptop every token counts. Qwen3's folder brings Qwen3's.
 TINY_CHAT_TEMPLATE = "{%- for message in messages %}{{- message.content + '<|im_end|>' }}{%- endfor %}"
@@ -44,8 +46,10 @@ class Qwen3TextEncoder:
 
     The last layer and the final norm are dropped after loading, since ``hidden_states[-2]`` is what goes into them.
     A prompt's features do not depend on its batch mates: with ``batch_size=1`` every prompt runs alone, so the
-    numbers are the same bit for bit; larger values run prompts of equal token count together, which is faster on a GPU
-    and equal up to rounding. Features are kept in a cache, since a frozen encoder gives the same ones every time.
+    numbers are the same bit for bit, and are kept in a cache, since a frozen encoder gives the same ones every time.
+    Larger values run prompts of like length together, which is several times faster where a prompt alone leaves the
+    device idle, and equal up to rounding. Nothing is kept then: what a prompt gets would depend on what was asked
+    before, and a resumed run would not repeat itself bit for bit.
 
     Args:
         folder: one folder with the model (saved as ``Qwen3Model`` or ``Qwen3ForCausalLM``) and its tokenizer, or a
@@ -53,7 +57,7 @@ class Qwen3TextEncoder:
         dtype: precision of the weights; None keeps them as stored. Features come out float32 either way.
         on_long_prompt: what happens to a prompt of more than 512 tokens, template included: "error", or "truncate",
             which cuts from the right as the published pipeline does, with one warning.
-        batch_size: how many prompts of equal token count run together.
+        batch_size: how many prompts run together.
         cache_mib: size of the cache in MiB, least recently used prompts leave first; 0 switches it off.
 
     Raises:
@@ -78,7 +82,7 @@ class Qwen3TextEncoder:
         self.on_long_prompt = on_long_prompt
         self.batch_size = batch_size
         self._device = torch.device("cpu")
-        self._cache = _FeatureCache(cache_mib * 2**20)
+        self._cache = _FeatureCache(cache_mib * 2**20 if batch_size == 1 else 0)
         self._config: dict[str, Any] | None = None
         self._model: Any = None  # transformers' Qwen3Model
         self._tokenizer: Any = None
@@ -141,22 +145,25 @@ class Qwen3TextEncoder:
 
     def _encode_new(self, prompts: list[str]) -> list[torch.Tensor]:
         ids = self.tokenize(prompts)
-        groups: dict[int, list[int]] = defaultdict(list)
-        for index, tokens in enumerate(ids):
-            groups[len(tokens)].append(index)
+        batches: list[list[int]] = []
+        for index in sorted(range(len(ids)), key=lambda index: len(ids[index])):
+            shortest = len(ids[batches[-1][0]]) if batches else 0
+            if batches and len(batches[-1]) < self.batch_size and len(ids[index]) <= max(2 * shortest, FEW_TOKENS):
+                batches[-1].append(index)
+            else:
+                batches.append([index])
         features: dict[int, torch.Tensor] = {}
-        for members in groups.values():
-            for start in range(0, len(members), self.batch_size):
-                batch = members[start : start + self.batch_size]
-                features.update(zip(batch, self._run([ids[index] for index in batch]), strict=True))
+        for batch in batches:
+            features.update(zip(batch, self._run([ids[index] for index in batch]), strict=True))
         return [features[index] for index in range(len(prompts))]
 
-    def _run(self, ids: list[list[int]]) -> torch.Tensor:
-        """(B, L) token ids of equal length -> (B, L, dim) float32; nothing is padded, so no mask is needed."""
-        model = self._load_model()
+    def _run(self, ids: list[list[int]]) -> list[torch.Tensor]:
+        """Features (L_i, dim) float32 of token ids; the model is causal, so pads behind a prompt need no mask."""
+        model, tokens = self._load_model(), [torch.tensor(prompt) for prompt in ids]
         with without_autocast(self._device):
-            output = model(input_ids=torch.tensor(ids, device=self._device), use_cache=False)
-        return output.last_hidden_state.float()
+            output = model(input_ids=pad_sequence(tokens, batch_first=True).to(self._device), use_cache=False)
+        states = output.last_hidden_state.float()
+        return [state[: len(prompt)] for state, prompt in zip(states, ids, strict=True)]
 
     def _meet_long_prompt(self, prompt: str, count: int) -> None:
         start = prompt if len(prompt) <= 40 else prompt[:40].rstrip() + "…"
