@@ -84,14 +84,14 @@ def results(graph: Graph):
 
 @pytest.mark.parametrize("group", ["counting", "word"])
 def test_the_change_of_a_group_is_that_of_its_pictures(graph, group):
-    found = change([group], *results(graph))
+    found = change([group], [results(graph)])
     value, half = by_hand(graph, "base", "tuned", group)
     assert found.value == pytest.approx(value) and value > 0
     assert (found.low, found.high) == pytest.approx((value - half, value + half))
 
 
 def test_the_change_of_two_groups_is_their_mean_and_their_variances_add_up(graph):
-    found = change(["counting", "word"], *results(graph))
+    found = change(["counting", "word"], [results(graph)])
     parts = [by_hand(graph, "base", "tuned", group) for group in ("counting", "word")]
     value = sum(part[0] for part in parts) / 2
     half = math.sqrt(sum(part[1] ** 2 for part in parts)) / 2
@@ -101,7 +101,7 @@ def test_the_change_of_two_groups_is_their_mean_and_their_variances_add_up(graph
 def test_the_change_overall_is_that_of_the_reports(graph):
     first, second = results(graph)
     expected = paired_difference(pairs_of("tinyworld", common(first.prompts, second.prompts)))
-    found = change(["overall"], first, second)
+    found = change(["overall"], [(first, second)])
     assert (
         found.value == pytest.approx(expected.value) and found.high - found.low >= expected.high - expected.low - 1e-9
     )
@@ -121,16 +121,34 @@ def test_sentences_that_agree_by_chance_do_not_make_a_certain_change(graph):
             for place, score in enumerate(scores)
         ]  # fmt: skip
 
-    found = change(["counting"], replace(first, prompts=lines(worse)), replace(second, prompts=lines(better)))
+    found = change(["counting"], [(replace(first, prompts=lines(worse)), replace(second, prompts=lines(better)))])
     assert found.value == pytest.approx(1 / 16)
     assert found.low < 0 < found.high and found.high - found.value == pytest.approx(jackknife(
         [(b - a, 1) for _ in "abc" for a, b in zip(worse, better, strict=True)]
     ))  # fmt: skip
 
 
+def test_of_several_runs_a_prompt_counts_with_all_that_was_drawn_of_it(graph):
+    base, tuned = results(graph)
+    other = replace(tuned, prompts=[{**line, "score": 1.0} for line in tuned.prompts])
+    found = change(["counting"], [(base, tuned), (base, other)])
+    sentences: dict[str, list[float]] = {}
+    pictures: dict[str, list[float]] = {}
+    for after in (tuned, other):
+        for first, second in common(base.prompts, after.prompts):
+            if first["group"] == "counting":
+                gained = second["score"] - first["score"]
+                sentences.setdefault(first["prompt"], []).append(gained)
+                pictures.setdefault(first["prompt_id"], []).append(gained)
+    halves = [jackknife([(sum(part), len(part)) for part in parts.values()]) for parts in (sentences, pictures)]
+    value = np.mean([gained for part in pictures.values() for gained in part])
+    assert {len(part) for part in pictures.values()} == {2}
+    assert tuple(found) == pytest.approx((value, value - max(halves), value + max(halves)))
+
+
 def test_a_group_that_is_none_is_no_change(graph):
     with pytest.raises(KeyError):
-        change(["overall", "wrod"], *results(graph))
+        change(["overall", "wrod"], [results(graph)])
 
 
 def test_what_another_graph_has_made_is_not_told(graph):

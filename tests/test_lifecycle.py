@@ -1,10 +1,12 @@
 """`lightning run lifecycle` at a size that takes a minute: every stage really runs, for two steps on few pictures."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from docs_pages import DOCS, blocks_of, run_words
@@ -12,6 +14,7 @@ from mlflow import MlflowClient
 
 from evaluation.fidelity.tinyworld_classifier import ClassifierConfig
 from zimage_lit import cli, graph_run
+from zimage_lit.errors import UserError
 from zimage_lit.files import read_json
 from zimage_lit.graph import read_graph
 from zimage_lit.rewards import tinyworld_likelihood
@@ -104,6 +107,41 @@ def test_the_low_resolution_is_its_own(finished: Path) -> None:
         for name in ("low-res", "omni", "grpo")
     }
     assert sizes == {"low-res": 32, "omni": 64, "grpo": 64}
+
+
+@pytest.fixture(scope="module")
+def seeds() -> ModuleType:
+    """benchmarks/lifecycle.py."""
+    specification = importlib.util.spec_from_file_location("seeds", DOCS.parent / "benchmarks/lifecycle.py")
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_runs_of_several_seeds_make_one_table(finished: Path, seeds: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    folder = finished / "outputs/lifecycle"
+    seeds.main([str(folder), str(folder)])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    told = [(line[0], line[3]) for line in lines]
+    assert [name for name, _ in told] == [
+        name for name in STAGES if name not in ("prepare", "pairs") for _ in range(2 if name == "merge" else 1)
+    ]
+    assert told[4:6] == [("merge", "sft-words"), ("merge", "sft-counting")]
+    for line in lines:
+        first, second = line[2].split("<br>")[0].split("; ")
+        assert first == second
+        if line[3]:
+            one, other = line[5].split("; ")
+            assert one == other == line[4].split(" ")[0]  # both seeds together change as each of them has
+
+
+def test_a_run_that_is_not_finished_is_no_line_of_a_table(tmp_path: Path, seeds: ModuleType) -> None:
+    with pytest.raises(UserError, match="has no graph"):
+        seeds.rows_in(tmp_path)
+    (tmp_path / "graph.json").write_text('{"stages": {"prepare": {"fingerprint": "", "status": "finished"}}}')
+    with pytest.raises(UserError, match="not finished are low-res, omni"):
+        seeds.rows_in(tmp_path)
 
 
 def test_one_run_with_a_child_for_each_stage(finished: Path) -> None:

@@ -88,7 +88,7 @@ def rows_of(graph: Graph, state: Mapping[str, Mapping[str, Any]], fingerprints: 
         result = results[stage.name] = result_of(stage, key) if finished and judged else None
         key = key or (result.key if result else "")
         compared = {name: results[name] for name in stage.against} if result else {}
-        changes = {name: change(stage.lifts, other, result) for name, other in compared.items() if other and result}
+        changes = {name: change(stage.lifts, [(other, result)]) for name, other in compared.items() if other and result}
         seconds = None if known is None else known["seconds"]
         cost = cost_of(result.folder) if result else None
         rows.append(Row(stage, seconds, finished, result, cost, changes))
@@ -123,13 +123,15 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield found
 
 
-def change(lifts: Sequence[str], before: Result, after: Result) -> Difference:
+def change(lifts: Sequence[str], runs: Sequence[tuple[Result, Result]]) -> Difference:
     """By how much the mean of `lifts` has changed, each a group of the benchmark or its overall score (mode fixed).
 
-    Their prompts are different ones, so the variances of their differences add up. KeyError for a name that is none.
+    runs: results before and after. Of several runs a prompt counts with what all of them have drawn of it.
+    The prompts of two `lifts` are different ones, so the variances of their differences add up. KeyError for a name
+    that is none.
     """
-    lines = common(before.prompts, after.prompts)
-    parts = [wider(pairs_for(name, before.result["benchmark"], lines)) for name in lifts]
+    lines = [both for before, after in runs for both in common(before.prompts, after.prompts)]
+    parts = [wider(pairs_for(name, runs[0][0].result["benchmark"], lines)) for name in lifts]
     value = math.fsum(part.value for part in parts) / len(parts)
     halves = [part.high - part.value for part in parts if part.high is not None]
     if not halves:
