@@ -1,7 +1,7 @@
 """The lifecycle with several seeds: what every stage scores and what it has changed, as a Markdown table.
 
-    lightning run lifecycle seed_everything=S run.output_dir=outputs/seed-S     for each seed S, in any folder
-    python benchmarks/lifecycle.py outputs/seed-0 outputs/seed-1 outputs/seed-2
+    lightning run lifecycle seed_everything=S run.name=lifecycle-S      for each seed S
+    python benchmarks/lifecycle.py outputs/lifecycle-0 outputs/lifecycle-1 outputs/lifecycle-2
 
 A change is that of all seeds together, each prompt with what all of them drew of it, with its 95 % interval; behind it
 those of the seeds. Runs are read as they are: whoever made them says with which settings.
