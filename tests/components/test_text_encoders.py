@@ -257,5 +257,7 @@ def test_options_are_checked_when_the_encoder_is_made(tmp_path: Path) -> None:
         Qwen3TextEncoder(tmp_path, on_long_prompt="shrug")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch_size"):
         Qwen3TextEncoder(tmp_path, batch_size=0)
+    with pytest.raises(ValueError, match="cache_mib is 8, but only features of batch_size 1 are kept"):
+        Qwen3TextEncoder(tmp_path, batch_size=2, cache_mib=8)
     with pytest.raises(TypeError, match="list"):
         Qwen3TextEncoder(tmp_path).encode("a red circle")  # type: ignore[arg-type]

@@ -58,7 +58,8 @@ class Qwen3TextEncoder:
         on_long_prompt: what happens to a prompt of more than 512 tokens, template included: "error", or "truncate",
             which cuts from the right as the published pipeline does, with one warning.
         batch_size: how many prompts run together.
-        cache_mib: size of the cache in MiB, least recently used prompts leave first; 0 switches it off.
+        cache_mib: size of the cache in MiB, least recently used prompts leave first; 0 switches it off. None for 256
+            with ``batch_size=1``, else 0.
 
     Raises:
         ValueError: an unknown option.
@@ -71,18 +72,22 @@ class Qwen3TextEncoder:
         dtype: torch.dtype | str | None = None,
         on_long_prompt: Literal["error", "truncate"] = "error",
         batch_size: int = 1,
-        cache_mib: int = 256,
+        cache_mib: int | None = None,
     ) -> None:
         if on_long_prompt not in ("error", "truncate"):
             raise ValueError(f'on_long_prompt is "{on_long_prompt}"; use "error" or "truncate".')
+        if cache_mib is None:
+            cache_mib = 256 if batch_size == 1 else 0
         if batch_size < 1 or cache_mib < 0:
             raise ValueError(f"batch_size must be at least 1 and cache_mib at least 0, got {batch_size}, {cache_mib}.")
+        if batch_size > 1 and cache_mib:
+            raise ValueError(f"cache_mib is {cache_mib}, but only features of batch_size 1 are kept: leave one out.")
         self.folder = Path(folder)
         self.dtype = as_dtype(dtype)
         self.on_long_prompt = on_long_prompt
         self.batch_size = batch_size
         self._device = torch.device("cpu")
-        self._cache = _FeatureCache(cache_mib * 2**20 if batch_size == 1 else 0)
+        self._cache = _FeatureCache(cache_mib * 2**20)
         self._config: dict[str, Any] | None = None
         self._model: Any = None  # transformers' Qwen3Model
         self._tokenizer: Any = None
