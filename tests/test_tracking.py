@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,25 @@ def test_sending_twice_leaves_one_copy(make: Callable[..., ResilientMLFlowLogger
     assert history(logger.experiment, logger.run_id, "loss") == [(0, 1.0), (1, 1.0)]
     assert len(history(logger.experiment, logger.run_id, "nan")) == 1
     assert len(logger.experiment.get_run(logger.run_id).inputs.dataset_inputs) == 1
+
+
+def test_two_senders_of_one_spool_take_turns(tmp_path: Path) -> None:
+    arrived: list[bytes] = []
+
+    class Store:
+        def log_artifact(self, run_id: str, path: str, folder: str | None) -> None:
+            time.sleep(0.02)
+            arrived.append(Path(path).read_bytes())
+
+        def set_tag(self, *_: object) -> None:
+            pass
+
+    spool = Spool(tmp_path)
+    for number in b"abcde":
+        spool.append({"kind": "image"}, {"images/a.png": bytes([number])})
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda sender: deliver(Store(), "run", sender), [Spool(tmp_path), Spool(tmp_path)]))
+    assert b"".join(arrived) == b"abcde"
 
 
 def test_what_mlflow_refuses_is_put_aside_and_the_rest_arrives(

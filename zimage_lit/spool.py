@@ -4,12 +4,14 @@ Sending a record twice leaves one copy: MLflow's stores keep one metric per (key
 to fixed artifact paths. So everything arrives once although a process may die between sending a record and noting it.
 """
 
+import fcntl
 import json
 import logging
 import shutil
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,14 @@ class Spool:
         if metrics:
             yield metrics, metrics_end
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One sender at a time: a resumed run and the command that sends what it left may meet, also in one process."""
+        with (self.folder / "sending.lock").open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            self.sent = json.loads(self._position.read_text()) if self._position.exists() else 0
+            yield
+
     def mark_sent(self, position: int) -> None:
         """Note, atomically, that everything before byte `position` has arrived."""
         temporary = self._position.with_suffix(".tmp")
@@ -114,11 +124,12 @@ class Spool:
 
 def deliver(client: MlflowClient, run_id: str, spool: Spool) -> None:
     """Send every unsent record, oldest first; raises what the client raises when the server does not answer."""
-    for records, end in spool.batches():
-        taken = send_or_refuse(client, run_id, spool, records)
-        spool.mark_sent(end)
-        for local, _ in records[0].get("files", ()) if taken else ():
-            shutil.rmtree((spool.folder / local).parent)
+    with spool.alone():
+        for records, end in spool.batches():
+            taken = send_or_refuse(client, run_id, spool, records)
+            spool.mark_sent(end)
+            for local, _ in records[0].get("files", ()) if taken else ():
+                shutil.rmtree((spool.folder / local).parent)
 
 
 def send_or_refuse(client: MlflowClient, run_id: str, spool: Spool, records: Sequence[Record]) -> bool:
