@@ -212,6 +212,29 @@ def test_two_senders_of_one_spool_take_turns(tmp_path: Path) -> None:
     assert b"".join(arrived) == b"abcde"
 
 
+def test_a_process_forked_while_records_are_sent_does_not_stop_the_sending(tmp_path: Path) -> None:
+    spool, child = Spool(tmp_path), 0
+
+    class Store:
+        def set_tag(self, *_: object) -> None:
+            nonlocal child
+            child = child or os.fork()
+            if not child:
+                time.sleep(20)
+                os._exit(0)
+
+    spool.append({"kind": "tags", "values": {"a": "b"}})
+    deliver(Store(), "run", spool)
+    try:
+        sending = threading.Thread(target=deliver, args=(Store(), "run", spool), daemon=True)
+        sending.start()
+        sending.join(5)
+        assert not sending.is_alive()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_what_mlflow_refuses_is_put_aside_and_the_rest_arrives(
     make: Callable[..., ResilientMLFlowLogger], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

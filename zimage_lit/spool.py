@@ -40,7 +40,7 @@ class Spool:
         content = self._records.read_bytes()
         self.end = content.rfind(b"\n") + 1  # behind it: half a line of a process killed while writing
         self._stream.truncate(self.end)
-        self.sent: int = json.loads(self._position.read_text()) if self._position.exists() else 0
+        self.sent = self._noted()
         self.lost = self.refused = 0
 
     def append(self, record: Record, files: Mapping[str, bytes] | None = None) -> None:
@@ -92,11 +92,19 @@ class Spool:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """One sender at a time: a resumed run and the command that sends what it left may meet, also in one process."""
+        """One sender at a time: a resumed run and the command that sends what it left may meet, also in one process,
+        whose threads `files.locked` would not keep apart."""
         with (self.folder / "sending.lock").open("w") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            self.sent = json.loads(self._position.read_text()) if self._position.exists() else 0
-            yield
+            try:
+                self.sent = self._noted()
+                yield
+            finally:
+                fcntl.flock(stream, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile has it open, too
+
+    def _noted(self) -> int:
+        """The byte position before which everything has arrived, as the folder says."""
+        return int(self._position.read_text()) if self._position.exists() else 0
 
     def mark_sent(self, position: int) -> None:
         """Note, atomically, that everything before byte `position` has arrived."""
