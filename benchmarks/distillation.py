@@ -43,6 +43,7 @@ from judging import (
 TEACHER_STEPS = (4, 8, 20, 100)  # with guidance, so twice as many network evaluations
 STUDENT_STEPS = (1, 2, 4, 8)
 CONTROL_MODULE = "distillation_controls"
+RATES = ("lr", "muon_lr")  # of the fake score
 DMDR = "dmdr-0.1 at 4"  # the weight that the bars are for; the others are listed beside it
 BARS = (
     Bar("the task is hard enough: KID, teacher at 4 steps / at 100", "at least", 3.0,
@@ -89,7 +90,7 @@ RENOISE = ("model.init_args.rollout.sampler=renoise",)
 ARMS = (
     Arm("student-8", "main"),
     Arm("student-4", "main", steps=4),
-    Arm("frozen-fake-score", "controls", settings=("model.init_args.fake_optimizer.lr=0",)),
+    Arm("frozen-fake-score", "controls", settings=tuple(f"model.init_args.fake_optimizer.{key}=0" for key in RATES)),
     Arm("swapped-sign", "controls", control="SwappedSign"),
     Arm("renoised", "controls", settings=RENOISE),
     Arm("not-renoised", "controls", settings=RENOISE, control="NotRenoised"),

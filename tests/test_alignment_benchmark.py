@@ -1,9 +1,7 @@
 """The benchmark of alignment: its arms are valid runs, and its controls break the one thing that they are for."""
 
 import importlib
-import importlib.util
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -24,13 +22,7 @@ from zimage_lit.validate import check_config
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks/alignment.py"
-    specification = importlib.util.spec_from_file_location("alignment_benchmark", path)
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["alignment_benchmark"] = module  # its dataclasses look there
-    specification.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmarks.alignment")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The benchmark of the curriculum, made small: equal compute, one command to continue, a bootstrap that pairs."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -32,13 +32,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks/curriculum.py"
-    specification = importlib.util.spec_from_file_location("curriculum", path)
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["curriculum"] = module  # its dataclasses look there
-    specification.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmarks.curriculum")
 
 
 def test_arms_are_run_once_with_equal_compute_and_end_in_tables(

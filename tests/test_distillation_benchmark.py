@@ -1,7 +1,6 @@
 """The benchmark of distillation, made small: arms run once, judged on the same pictures, and what controls break."""
 
 import importlib
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -24,12 +23,7 @@ from zimage_lit.config import compose
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks/distillation.py"
-    specification = importlib.util.spec_from_file_location("distillation_benchmark", path)
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["distillation_benchmark"] = module  # its dataclasses look there
-    specification.loader.exec_module(module)
+    module = importlib.import_module("benchmarks.distillation")
     module.judging.COMPARISON = ComparisonSettings(kid_subsets=2, resamples=20)
     return module
 

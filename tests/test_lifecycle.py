@@ -1,6 +1,6 @@
 """`lightning run lifecycle` at a size that takes a minute: every stage really runs, for two steps on few pictures."""
 
-import importlib.util
+import importlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -111,12 +111,7 @@ def test_the_low_resolution_is_its_own(finished: Path) -> None:
 
 @pytest.fixture(scope="module")
 def seeds() -> ModuleType:
-    """benchmarks/lifecycle.py."""
-    specification = importlib.util.spec_from_file_location("seeds", DOCS.parent / "benchmarks/lifecycle.py")
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmarks.lifecycle")
 
 
 def test_runs_of_several_seeds_make_one_table(finished: Path, seeds: ModuleType, capsys: pytest.CaptureFixture) -> None:
