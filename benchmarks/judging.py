@@ -23,6 +23,7 @@ import torch
 from data_modules.tinyworld.combinations import GENEVAL_TASKS, Metadata
 from data_modules.tinyworld.verifier import judge
 from data_modules.tinyworld.world import draw_statement, heldout_prompts
+from evaluation.drawing import counted
 from evaluation.fidelity import tinyworld_classifier
 from evaluation.fidelity.comparison import ComparisonSettings, Estimate, PictureSet, compare, prompt_weights, share
 from evaluation.fidelity.tinyworld_classifier import ClassifierConfig, TinyWorldClassifier, as_input, obtain
@@ -109,6 +110,7 @@ class Judged:
     right: np.ndarray  # (N,) bool, to the verifier
     gold: np.ndarray  # (N,) bool, to the classifier
     likelihoods: np.ndarray  # (N,), under the reward's classifier
+    evaluations: float  # of the network, a picture
 
 
 @cache
@@ -140,7 +142,8 @@ def draw_and_judge(pipeline: Path, store: Path, judges: Judges, **sampling: Any)
         drawn = ZImagePipeline.from_pretrained(pipeline)
         texts = [metadata["prompt"] for metadata in asked()]
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            pictures = drawn(texts, seed=[NOISE_SEED + n for n in range(len(texts))], batch_size=64, **sampling)
+            seeds = [NOISE_SEED + n for n in range(len(texts))]
+            pictures, asked_in_all = counted(drawn, texts, seed=seeds, batch_size=64, **sampling)
         images = as_input(pictures)
         seen = picture_set(images, numbers(), judges.gold, COMPARISON)
         right = [is_right(judge(np.asarray(picture), known)) for picture, known in zip(pictures, asked(), strict=True)]
@@ -148,11 +151,12 @@ def draw_and_judge(pipeline: Path, store: Path, judges: Judges, **sampling: Any)
             likelihoods = log_likelihoods(judges.reward(images), asked())
         buffer = io.BytesIO()
         found = {"right": right, "gold": seen_as_right(images, judges.gold), "likelihoods": likelihoods.numpy()}
+        found["evaluations"] = asked_in_all / len(texts)
         np.savez(buffer, features=seen.features, projections=seen.projections, question=question, **found)
         write_atomically(store, buffer.getvalue())
     kept = np.load(store)
     pictures = PictureSet(kept["features"], kept["projections"], numbers())
-    return Judged(pictures, kept["right"], kept["gold"], kept["likelihoods"])
+    return Judged(pictures, kept["right"], kept["gold"], kept["likelihoods"], float(kept["evaluations"]))
 
 
 def seen_as_right(images: torch.Tensor, classifier: TinyWorldClassifier) -> list[bool]:
@@ -177,7 +181,7 @@ def is_kept(store: Path, pipeline: Path, question: str) -> bool:
     if not store.is_file() or store.stat().st_mtime < (pipeline / "model_index.json").stat().st_mtime:
         return False
     kept = np.load(store)
-    return "question" in kept and str(kept["question"]) == question
+    return {"question", "evaluations"} <= set(kept) and str(kept["question"]) == question
 
 
 def real_pictures(pipeline: Path, judges: Judges, first: int = 0) -> PictureSet:
@@ -217,11 +221,11 @@ def measured(judged: Judged, real: PictureSet) -> dict[str, Estimate]:
     return {**found, **compare(judged.pictures, real, COMPARISON)}
 
 
-def table(rows: dict[str, dict[str, Estimate]], evaluations: dict[str, int]) -> None:
+def table(rows: dict[str, dict[str, Estimate]], evaluations: dict[str, float]) -> None:
     print(f"\n| arm | NFE | {' | '.join(METRICS)} |\n| --- | --- |{' --- |' * len(METRICS)}")
     for label, found in rows.items():
         cells = (f"{found[n].value:.3f} [{found[n].low:.3f}, {found[n].high:.3f}]" for n in METRICS)
-        print(f"| {label} | {evaluations[label]} | {' | '.join(cells)} |")
+        print(f"| {label} | {evaluations[label]:.4g} | {' | '.join(cells)} |")
 
 
 @dataclass(frozen=True)

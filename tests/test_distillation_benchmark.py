@@ -47,7 +47,7 @@ def test_arms_are_run_once_and_judged_on_the_same_pictures(
     small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["distillation.py", "main", "--set", *SMALL_STUDENT])
-    monkeypatch.setattr(small, "speed", lambda _: 20.0)
+    monkeypatch.setattr(small, "speed", lambda _: {"as it is served": 20.0})
     small.main()
     seed = json.loads((tmp_path / "outputs/distillation/seed-0/main.json").read_text())
     students = {f"student-{grid} at {steps}" for grid in (4, 8) for steps in (4, 8)}
@@ -72,11 +72,11 @@ def test_stored_judgements_are_those_of_the_same_question(benchmark: ModuleType,
     (tmp_path / "model_index.json").touch()
     store = tmp_path / "judged.npz"
     assert not judging.is_kept(store, tmp_path, question)
-    np.savez(store, question=question)
+    np.savez(store, question=question, evaluations=8)
     assert judging.is_kept(store, tmp_path, question)
     assert not judging.is_kept(store, tmp_path, judging.fingerprint(tmp_path, others, eight))
     assert not judging.is_kept(store, tmp_path, judging.fingerprint(tmp_path, judges, four))
-    np.savez(store, right=[True])  # of an older version
+    np.savez(store, question=question)  # of an older version
     assert not judging.is_kept(store, tmp_path, question)
 
 
