@@ -8,9 +8,11 @@ The teacher is a quickstart (`--teacher`, trained if missing). Every arm is one 
 below --folder; arms that are finished are not run again, and a killed one goes on, so the same command continues.
 
 All are judged as judging.py says, with a classifier that no arm has seen. The bars stand in BARS and were fixed before
-the first arm ran. Prints tables; writes them to seed-N/GROUPS.json.
+the first arm ran. Prints tables; writes them to seed-N/GROUPS.json, and accuracy over KID for each objective and
+guidance scale, of the arms of front and of student-4, to seed-N/front.png.
 """
 
+import io
 import json
 import sys
 import time
@@ -19,9 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from evaluation.fidelity.comparison import Estimate, compare, ratio
+from zimage_lit.files import write_atomically
 from zimage_lit.pipeline import ZImagePipeline
 
 sys.path.insert(0, str(Path(__file__).parent))  # where class paths of the controls are found
@@ -181,6 +186,35 @@ def at_matched_reward(rows: dict[str, dict[str, Estimate]]) -> None:
         print(f"| {label} | {' | '.join(cells[:3])} | {other} | {' | '.join(cells[3:])} |")
 
 
+def front(rows: dict[str, dict[str, Estimate]]) -> dict[str, dict[float, str]]:
+    """Objective -> guidance scale -> label of the student of four steps that learnt with it, of those in `rows`."""
+    labels = {
+        name: {w: "student-4 at 4" if (name, w) == ("decoupled", 3) else f"{name}-{w} at 4" for w in (2, 3, 5)}
+        for name in ("coupled", "decoupled")
+    }
+    return {name: {w: label for w, label in of.items() if label in rows} for name, of in labels.items()}
+
+
+def draw_front(rows: dict[str, dict[str, Estimate]], place: Path) -> None:
+    """Accuracy over KID for each objective, its guidance scales joined in their order; lines are 95 % intervals."""
+    plot = Figure(figsize=(7, 4.5), layout="tight")
+    axes = plot.subplots()
+    for name, labels in front(rows).items():
+        kid, accuracy = ([rows[label][metric] for label in labels.values()] for metric in ("kid", "accuracy"))
+        around = [[(e.value - e.low, e.high - e.value) for e in estimates] for estimates in (kid, accuracy)]
+        xerr, yerr = (np.array(each).T.reshape(2, -1) for each in around)
+        x, y = ([e.value for e in estimates] for estimates in (kid, accuracy))
+        axes.errorbar(x, y, yerr, xerr, marker="o", linewidth=1, elinewidth=0.5, label=name)
+        for scale_of_it, *point in zip(labels, x, y, strict=True):
+            axes.annotate(f"{scale_of_it:g}", point, xytext=(4, 4), textcoords="offset points")
+    axes.set(xlabel="KID (lower is better)", ylabel="accuracy")
+    axes.legend()
+    buffer = io.BytesIO()
+    plot.savefig(buffer, format="png", dpi=110)
+    write_atomically(place, buffer.getvalue())
+    print(f"\nfront: {place}")
+
+
 def speed(bench: Bench) -> dict[str, float]:
     """Seconds of the teacher at 100 steps over those of the student at 8 without guidance, in this process: with
     guidance at every step, and as the teacher is served."""
@@ -223,6 +257,8 @@ def report(bench: Bench, groups: Sequence[str]) -> dict[str, Any]:
     print(f"\nreal against real: KID {floor['kid'].value:.4f}, diversity {floor['diversity'].value:.3f}")
     table(rows, evaluations)
     at_matched_reward(rows)
+    if "front" in groups:
+        draw_front(rows, bench.folder / f"seed-{bench.seed}" / "front.png")
     told = {label: {name: plain(found[name]) for name in found} for label, found in rows.items()}
     faster = speed(bench) if "main" in groups else None
     return {"seed": bench.seed, "arms": told, "bars": verdicts(BARS, rows), "speed": faster}

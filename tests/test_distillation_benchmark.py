@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from distillation import SMALL_STUDENT, SMALL_TEACHER
+from PIL import Image
 
 from data_modules.tinyworld.captions import prompt
 from data_modules.tinyworld.combinations import GENEVAL_TASKS, statements
@@ -85,6 +86,24 @@ def test_a_ratio_to_what_may_be_zero_is_a_bar_that_is_not_met(benchmark: ModuleT
     rows = {f"teacher at {steps}": {"kid": kid} for steps, kid in teacher.items()}
     (found,) = benchmark.verdicts(benchmark.BARS, rows)
     assert found["met"] is False and "nothing can be divided by 0.001" in found["error"]
+
+
+def test_the_front_joins_each_objectives_scales_in_their_order(benchmark: ModuleType, tmp_path: Path) -> None:
+    some = Estimate.of(0.01, np.linspace(0.005, 0.015, 21))
+    labels = [
+        "student-4 at 4",
+        "student-8 at 8",
+        *(f"{arm.name} at 4" for arm in benchmark.ARMS if arm.group == "front"),
+    ]
+    rows = {label: {"kid": some, "accuracy": some} for label in reversed(labels)}
+    assert benchmark.front(rows) == {
+        "coupled": {2: "coupled-2 at 4", 3: "coupled-3 at 4", 5: "coupled-5 at 4"},
+        "decoupled": {2: "decoupled-2 at 4", 3: "student-4 at 4", 5: "decoupled-5 at 4"},
+    }
+    del rows["coupled-2 at 4"], rows["coupled-3 at 4"], rows["coupled-5 at 4"]  # an objective without any arm
+    benchmark.draw_front(rows, tmp_path / "front.png")
+    assert Image.open(tmp_path / "front.png").size[0] > 700
+    assert benchmark.front({"student-8 at 8": rows["student-8 at 8"]}) == {"coupled": {}, "decoupled": {}}
 
 
 SEED = 2  # whose first iteration asks the student at a later step than the first
