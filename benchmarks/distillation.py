@@ -205,8 +205,8 @@ def draw_front(rows: dict[str, dict[str, Estimate]], place: Path) -> None:
         xerr, yerr = (np.array(each).T.reshape(2, -1) for each in around)
         x, y = ([e.value for e in estimates] for estimates in (kid, accuracy))
         axes.errorbar(x, y, yerr, xerr, marker="o", linewidth=1, elinewidth=0.5, label=name)
-        for scale_of_it, *point in zip(labels, x, y, strict=True):
-            axes.annotate(f"{scale_of_it:g}", point, xytext=(4, 4), textcoords="offset points")
+        for number, kid_of_it, accuracy_of_it in zip(labels, x, y, strict=True):
+            axes.annotate(f"{number:g}", (kid_of_it, accuracy_of_it), xytext=(4, 4), textcoords="offset points")
     axes.set(xlabel="KID (lower is better)", ylabel="accuracy")
     axes.legend()
     buffer = io.BytesIO()
