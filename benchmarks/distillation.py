@@ -202,7 +202,7 @@ def draw_front(rows: dict[str, dict[str, Estimate]], place: Path) -> None:
     for name, labels in front(rows).items():
         kid, accuracy = ([rows[label][metric] for label in labels.values()] for metric in ("kid", "accuracy"))
         around = [[(e.value - e.low, e.high - e.value) for e in estimates] for estimates in (kid, accuracy)]
-        xerr, yerr = (np.array(each).T.reshape(2, -1) for each in around)
+        xerr, yerr = (np.array(each).T.reshape(2, -1).clip(min=0) for each in around)
         x, y = ([e.value for e in estimates] for estimates in (kid, accuracy))
         axes.errorbar(x, y, yerr, xerr, marker="o", linewidth=1, elinewidth=0.5, label=name)
         for number, kid_of_it, accuracy_of_it in zip(labels, x, y, strict=True):
