@@ -237,13 +237,14 @@ def preferences(bench: Bench, arms: Sequence[Arm]) -> dict[str, dict[str, float]
 def report(bench: Bench, groups: Sequence[str]) -> dict[str, Any]:
     """Judge, print and give the tables of a seed."""
     real = judging.real_pictures(bench.base, bench.judges)
-    rows = {"base": measured(bench.judged(bench.base, bench.folder / "base.npz"), real)}
+    judged = {"base": bench.judged(bench.base, bench.folder / "base.npz")}
     arms = arms_of(groups, bench.seed)
     for arm in arms:
         output = bench.output(arm.name)
-        rows[arm.name] = measured(bench.judged(output / "pipeline", output / "judged.npz"), real)
+        judged[arm.name] = bench.judged(output / "pipeline", output / "judged.npz")
+    rows = {label: measured(found, real) for label, found in judged.items()}
     print(f"\nseed {bench.seed}")
-    table(rows, dict.fromkeys(rows, SERVED["num_inference_steps"]))
+    table(rows, judged)
     if "online" in groups:
         compare_methods(bench)
     for name, values in preferences(bench, arms).items():

@@ -12,7 +12,6 @@ the first arm ran. Prints tables; writes them to seed-N/GROUPS.json, and accurac
 guidance scale, of the arms of front and of student-4, to seed-N/front.png.
 """
 
-import io
 import json
 import sys
 import time
@@ -28,6 +27,7 @@ from matplotlib.figure import Figure
 from evaluation.fidelity.comparison import Estimate, compare, ratio
 from zimage_lit.files import write_atomically
 from zimage_lit.pipeline import ZImagePipeline
+from zimage_lit.plots import as_png
 
 sys.path.insert(0, str(Path(__file__).parent))  # where class paths of the controls are found
 import judging
@@ -48,7 +48,7 @@ from judging import (
 TEACHER_STEPS = (4, 8, 20, 100)  # with guidance from its `cfg_start` on, so up to twice as many evaluations
 STUDENT_STEPS = (1, 2, 4, 8)
 CONTROL_MODULE = "distillation_controls"
-RATES = ("lr", "muon_lr")  # of the fake score
+SCALES = (2, 3, 5)  # of guidance, along the front
 DMDR = "dmdr-0.1 at 4"  # the weight that the bars are for; the others are listed beside it
 BARS = (
     Bar("the task is hard enough: KID, teacher at 4 steps / at 100", "at least", 3.0,
@@ -92,15 +92,16 @@ def scale(value: float) -> str:
 
 COUPLED = ("model.init_args.objective.name=coupled",)
 RENOISE = ("model.init_args.rollout.sampler=renoise",)
+STILL = ("model.init_args.fake_optimizer.lr=0", "model.init_args.fake_optimizer.muon_lr=0")
 ARMS = (
     Arm("student-8", "main"),
     Arm("student-4", "main", steps=4),
-    Arm("frozen-fake-score", "controls", settings=tuple(f"model.init_args.fake_optimizer.{key}=0" for key in RATES)),
+    Arm("frozen-fake-score", "controls", settings=STILL),
     Arm("swapped-sign", "controls", control="SwappedSign"),
     Arm("renoised", "controls", settings=RENOISE),
     Arm("not-renoised", "controls", settings=RENOISE, control="NotRenoised"),
-    *(Arm(f"coupled-{w:g}", "front", 4, (*COUPLED, scale(w))) for w in (2, 3, 5)),
-    *(Arm(f"decoupled-{w:g}", "front", 4, (scale(w),)) for w in (2, 5)),  # 3 is student-4
+    *(Arm(f"coupled-{w:g}", "front", 4, (*COUPLED, scale(w))) for w in SCALES),
+    *(Arm(f"decoupled-{w:g}", "front", 4, (scale(w),)) for w in SCALES if w != 3),  # 3 is student-4
     Arm("dmd-longer", "dmdr", 4, begins_from="student-4"),
     *(Arm(f"dmdr-{w:g}", "dmdr", 4, begins_from="student-4", reward=w) for w in (0.02, 0.1, 0.5)),
     *(
@@ -189,7 +190,7 @@ def at_matched_reward(rows: dict[str, dict[str, Estimate]]) -> None:
 def front(rows: dict[str, dict[str, Estimate]]) -> dict[str, dict[float, str]]:
     """Objective -> guidance scale -> label of the student of four steps that learnt with it, of those in `rows`."""
     labels = {
-        name: {w: "student-4 at 4" if (name, w) == ("decoupled", 3) else f"{name}-{w} at 4" for w in (2, 3, 5)}
+        name: {w: "student-4 at 4" if (name, w) == ("decoupled", 3) else f"{name}-{w:g} at 4" for w in SCALES}
         for name in ("coupled", "decoupled")
     }
     return {name: {w: label for w, label in of.items() if label in rows} for name, of in labels.items()}
@@ -209,53 +210,52 @@ def draw_front(rows: dict[str, dict[str, Estimate]], place: Path) -> None:
             axes.annotate(f"{number:g}", (kid_of_it, accuracy_of_it), xytext=(4, 4), textcoords="offset points")
     axes.set(xlabel="KID (lower is better)", ylabel="accuracy")
     axes.legend()
-    buffer = io.BytesIO()
-    plot.savefig(buffer, format="png", dpi=110)
-    write_atomically(place, buffer.getvalue())
+    write_atomically(place, as_png(plot))
     print(f"\nfront: {place}")
 
 
 def speed(bench: Bench) -> dict[str, float]:
-    """Seconds of the teacher at 100 steps over those of the student at 8 without guidance, in this process: with
-    guidance at every step, and as the teacher is served."""
+    """Seconds of the teacher at 100 steps over those of the student at 8 without guidance, in this process, in turns:
+    with guidance at every step, and as the teacher is served."""
     student = bench.output(next(arm for arm in ARMS if arm.name == "student-8")) / "pipeline"
+    pipelines = {folder: ZImagePipeline.from_pretrained(folder) for folder in (student, bench.teacher)}
     prompts = [metadata["prompt"] for metadata in judging.statements()]
-
-    def seconds(folder: Path, **sampling: Any) -> float:
-        pipeline, taken = ZImagePipeline.from_pretrained(folder), []
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            for _ in range(3):
+    ways: dict[str, tuple[Path, dict[str, Any]]] = {
+        "student": (student, {"num_inference_steps": 8}),
+        "guidance at every step": (bench.teacher, {"num_inference_steps": 100, "cfg_start": 0.0}),
+        "as it is served": (bench.teacher, {"num_inference_steps": 100}),
+    }
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            for way, (folder, sampling) in ways.items():
                 start = time.perf_counter()
-                pipeline(prompts, seed=list(range(len(prompts))), batch_size=len(prompts), **sampling)
-                taken.append(time.perf_counter() - start)
-        return min(taken)
-
-    fast = seconds(student, num_inference_steps=8)
-    ways: dict[str, dict[str, float]] = {"guidance at every step": {"cfg_start": 0.0}, "as it is served": {}}
-    slow = {way: seconds(bench.teacher, num_inference_steps=100, **settings) for way, settings in ways.items()}
-    print(f"\n{len(prompts)} pictures: student {fast:.2f} s; teacher, " + ", ".join(
-        f"{way}, {taken:.2f} s, ratio {taken / fast:.1f}" for way, taken in slow.items()))  # fmt: skip
-    return {way: taken / fast for way, taken in slow.items()}
+                pipelines[folder](prompts, seed=list(range(len(prompts))), batch_size=len(prompts), **sampling)
+                taken[way].append(time.perf_counter() - start)
+    fast, *slow = map(min, taken.values())
+    ratios = {way: seconds / fast for way, seconds in zip(list(ways)[1:], slow, strict=True)}
+    print(f"\n{len(prompts)} pictures: student {fast:.2f} s; teacher, times as long: " + ", ".join(
+        f"{way} {times:.1f}" for way, times in ratios.items()))  # fmt: skip
+    return ratios
 
 
 def report(bench: Bench, groups: Sequence[str]) -> dict[str, Any]:
     """Judge, print and give the tables of a seed."""
     real = judging.real_pictures(bench.teacher, bench.judges)
-    rows: dict[str, dict[str, Estimate]] = {}
-    evaluations: dict[str, float] = {}
-    for steps in TEACHER_STEPS:
-        store = bench.folder / f"teacher-{steps}.npz"
-        judged = draw_and_judge(bench.teacher, store, bench.judges, num_inference_steps=steps)
-        rows[f"teacher at {steps}"], evaluations[f"teacher at {steps}"] = measured(judged, real), judged.evaluations
+    judged = {
+        f"teacher at {steps}": draw_and_judge(
+            bench.teacher, bench.folder / f"teacher-{steps}.npz", bench.judges, num_inference_steps=steps
+        )
+        for steps in TEACHER_STEPS
+    }
     for arm in arms_of(groups, bench.seed):
-        for steps, judged in bench.judged(arm).items():
-            rows[f"{arm.name} at {steps}"] = measured(judged, real)
-            evaluations[f"{arm.name} at {steps}"] = judged.evaluations
+        judged |= {f"{arm.name} at {steps}": found for steps, found in bench.judged(arm).items()}
+    rows = {label: measured(found, real) for label, found in judged.items()}
     print(f"\nseed {bench.seed}")
     others = judging.real_pictures(bench.teacher, bench.judges, first=judging.PICTURES)
     floor = compare(others, real, judging.COMPARISON)
     print(f"\nreal against real: KID {floor['kid'].value:.4f}, diversity {floor['diversity'].value:.3f}")
-    table(rows, evaluations)
+    table(rows, judged)
     at_matched_reward(rows)
     if "front" in groups:
         draw_front(rows, bench.folder / f"seed-{bench.seed}" / "front.png")

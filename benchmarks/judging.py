@@ -221,11 +221,11 @@ def measured(judged: Judged, real: PictureSet) -> dict[str, Estimate]:
     return {**found, **compare(judged.pictures, real, COMPARISON)}
 
 
-def table(rows: dict[str, dict[str, Estimate]], evaluations: dict[str, float]) -> None:
+def table(rows: dict[str, dict[str, Estimate]], judged: dict[str, Judged]) -> None:
     print(f"\n| arm | NFE | {' | '.join(METRICS)} |\n| --- | --- |{' --- |' * len(METRICS)}")
     for label, found in rows.items():
         cells = (f"{found[n].value:.3f} [{found[n].low:.3f}, {found[n].high:.3f}]" for n in METRICS)
-        print(f"| {label} | {evaluations[label]:.4g} | {' | '.join(cells)} |")
+        print(f"| {label} | {judged[label].evaluations:.4g} | {' | '.join(cells)} |")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from zimage_lit.validate import check_config
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    return importlib.import_module("benchmarks.alignment")
+    return importlib.import_module("benchmarks.alignment")  # late: its folder, with a distillation.py, goes first
 
 
 @pytest.fixture

@@ -21,6 +21,10 @@ def line_plot(
     axes.set(xlabel="step", ylabel=label, yscale="log" if logarithmic else "linear")
     if len(curves) > 1:
         axes.legend(fontsize="small")
+    return as_png(plot)
+
+
+def as_png(plot: Figure) -> bytes:
     buffer = io.BytesIO()
     plot.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
