@@ -10,7 +10,7 @@ counted from packed lengths; drawing pictures for the scores is not in them). Tw
 learn words and counting; `lightning run merge` mixes them and picks the mix with the best mean of both skills. That mix
 and the variants are then scored on other noise than the one it was picked by.
 
-All are scored at the four final sizes on the same held-out prompts and noise. Differences have 95 % intervals of a
+All are scored at the final sizes on the same held-out prompts and noise. Differences have 95 % intervals of a
 paired bootstrap over prompts, within each task: a prompt's pictures stay together. Prints tables and writes
 curriculum.json.
 """

@@ -3,8 +3,9 @@
     lightning run lifecycle seed_everything=S run.name=lifecycle-S      for each seed S
     python benchmarks/lifecycle.py outputs/lifecycle-0 outputs/lifecycle-1 outputs/lifecycle-2
 
-A change is that of all seeds together, each prompt with what all of them drew of it, with its 95 % interval; behind it
-those of the seeds. Runs are read as they are: whoever made them says with which settings.
+A change is that of all seeds together, with two intervals of 95 %: by prompt, each with what all seeds drew of it
+(would others show it?), and by seed, Student's t over the runs (would others?); behind them each seed's own. Runs are
+read as they are: whoever made them says with which settings.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.report.difference import Difference, Pair, paired_difference
 from zimage_lit.errors import UserError
 from zimage_lit.files import read_json
 from zimage_lit.graph import OVERALL, read_graph
@@ -42,7 +44,7 @@ def rows_in(folder: Path) -> list[Row]:
 
 def table(runs: Sequence[Sequence[Row]]) -> list[list[str]]:
     """A line for every stage that was judged and every one that it is compared with; `runs` have the same rows."""
-    lines = [["stage", "is for", "scores", "against", "change", "seed by seed", "evaluations"]]
+    lines = [["stage", "is for", "scores", "against", "change, by prompt", "by seed", "seed by seed", "evaluations"]]
     results = [{row.stage.name: row.result for row in rows} for rows in runs]
     for rows in zip(*runs, strict=True):
         if any(row.result is None for row in rows):
@@ -53,13 +55,22 @@ def table(runs: Sequence[Sequence[Row]]) -> list[list[str]]:
         evaluations = f"{cost.evaluations:.3g}" if cost else ""
         for against in rows[0].changes or ("",):
             if not against:
-                lines.append([*told_once, "", "", "", evaluations])
+                lines.append([*told_once, "", "", "", "", evaluations])
                 continue
             pairs = [(one[against], one[stage.name]) for one in results]
             both = [(before, after) for before, after in pairs if before is not None and after is not None]
-            each = "; ".join(f"{row.changes[against].value:+.3f}" for row in rows)
-            lines.append([*told_once, against, told(change(stage.lifts, both)), each, evaluations])
+            changes = [row.changes[against].value for row in rows]
+            each = "; ".join(f"{value:+.3f}" for value in changes)
+            by_prompt, by_seed = change(stage.lifts, both), over_seeds(changes)
+            lines.append([*told_once, against, told(by_prompt), told(by_seed), each, evaluations])
     return lines
+
+
+def over_seeds(changes: Sequence[float]) -> Difference:
+    """The mean with the paired t test's interval, of runs that differ in nothing but their seed."""
+    found = paired_difference([Pair("", f"run {number}", 1.0, 0.0, value) for number, value in enumerate(changes)])
+    assert found is not None  # there is at least one run
+    return found
 
 
 if __name__ == "__main__":
