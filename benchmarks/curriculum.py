@@ -11,8 +11,8 @@ learn words and counting; `lightning run merge` mixes them and picks the mix wit
 and the variants are then scored on other noise than the one it was picked by.
 
 All are scored at the final sizes on the same held-out prompts and noise. Differences have 95 % intervals of a
-paired bootstrap over prompts, within each task: a prompt's pictures stay together. Prints tables and writes
-curriculum.json.
+paired bootstrap over prompts, within each task: a prompt's pictures stay together, whatever their seed. Several seeds
+have a second one: Student's t over their differences. Prints tables and writes curriculum.json.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from data_modules.buckets import image_tokens
 from data_modules.tinyworld.combinations import GENEVAL_TASKS
 from data_modules.tinyworld.verifier import judge
 from data_modules.tinyworld.world import heldout_prompts
+from evaluation.report.difference import over_runs
 from zimage_lit import cli
 from zimage_lit.backbone.flops import forward_flops
 from zimage_lit.callbacks.tinyworld_score import is_right
@@ -43,6 +44,7 @@ from zimage_lit.stages.initial_weights import backbone_config
 BATCHES_COUNTED = 20  # of each arm, for the mean FLOPs of a step
 RESAMPLES = 4000
 SKILLS = ("counting", "word")
+Picture = Mapping[str, Any]  # judged: {"metadata", "canvas", "correct"}
 MERGE_STEPS = 2  # mixes of none, half and all of each variant
 
 
@@ -68,6 +70,21 @@ ARMS = (
     Arm("low-res-longer", "tiny/omni", "low-res", data_of="low-res", as_long_as="omni"),
 )
 QUESTIONS = (("omni", "low-res-longer"), ("sft", "omni-longer"))  # (stage, its control)
+CONTROLS = tuple(control for _, control in QUESTIONS)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a stage drew beside what its control drew of the same prompts and noise."""
+
+    stage: str
+    control: str
+    metric: str
+    pictures: Sequence[Picture]
+    of_control: Sequence[Picture]
+
+    def difference(self) -> tuple[float, float, float]:
+        return paired_bootstrap(self.pictures, self.of_control, self.metric)
 
 
 @dataclass
@@ -76,6 +93,7 @@ class Bench:
 
     folder: Path
     seed: int
+    arms: Sequence[Arm] = ARMS
     overrides: list[str] = field(default_factory=list)
     scale: float = 1.0
     flops: dict[str, float] = field(default_factory=dict)  # arm -> of a training step
@@ -140,10 +158,21 @@ class Bench:
         score = compose("tiny/sft", self.overrides)["trainer"]["callbacks"]["score"]
         return int(score["init_args"]["prompts_per_task"])
 
-    def records(self, arm: str) -> list[dict[str, Any]]:
+    def records(self, arm: str) -> list[Picture]:
         """The judged pictures of an arm's end."""
         path = self.output(arm) / "scores" / f"step-{self.steps[arm]:08d}.json"
         return list(json.loads(path.read_text())["records"])
+
+    def comparisons(self, merged: dict[str, Any] | None) -> list[Comparison]:
+        """Each stage with its control, and the mix with each variant."""
+        run = {arm.name for arm in self.arms}
+        found = [Comparison(*names, "overall", *map(self.records, names)) for names in QUESTIONS if run >= {*names}]
+        judged = merged["judged"] if merged else {}
+        return found + [
+            Comparison("merge", name, "skills", judged["merge"], records)
+            for name, records in judged.items()
+            if name != "merge"
+        ]
 
 
 def data_overrides(experiment: str, arm: Arm) -> list[str]:
@@ -195,7 +224,7 @@ def judge_skills(pipeline: ZImagePipeline, prompts_per_task: int, seed: int) -> 
 # ------------------------------------------------------------------------------------------------------------- scoring
 
 
-def accuracies(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def accuracies(records: Sequence[Picture]) -> dict[str, float]:
     """Share of correct pictures in each task, `overall` (GenEval's mean of six), `skills` (words and counting)."""
     by_task: dict[str, list[bool]] = defaultdict(list)
     for record in records:
@@ -214,9 +243,7 @@ def summed_up(tasks: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def paired_bootstrap(
-    stage: Sequence[Mapping[str, Any]], control: Sequence[Mapping[str, Any]], metric: str
-) -> tuple[float, float, float]:
+def paired_bootstrap(stage: Sequence[Picture], control: Sequence[Picture], metric: str) -> tuple[float, float, float]:
     """(difference, low, high): stage less control, over the same pictures in the same order."""
     generator = np.random.default_rng(0)
     clusters: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -240,7 +267,7 @@ def paired_bootstrap(
 def report(bench: Bench, merged: dict[str, Any] | None) -> dict[str, Any]:
     """Prints the tables of a seed; gives what stands in them."""
     rows: list[dict[str, Any]] = []
-    for arm in ARMS:
+    for arm in bench.arms:
         spent = bench.steps[arm.name] * bench.flops[arm.name]
         rows.append({"arm": arm.name, "from": arm.starts_from, "steps": bench.steps[arm.name], "flops": spent,
                      **accuracies(bench.records(arm.name))})  # fmt: skip
@@ -250,32 +277,50 @@ def report(bench: Bench, merged: dict[str, Any] | None) -> dict[str, Any]:
     for row in rows:
         scores = " | ".join(f"{row[name]:.3f}" for name in names)
         print(f"| {row['arm']} | {row['from'] or '-'} | {row['steps']} | {row['flops'] / 1e12:.1f} | {scores} |")
-    differences = []
-    print("\n| stage less control | overall | 95 % |\n| --- | --- | --- |")
-    for stage, control in QUESTIONS:
-        difference, low, high = paired_bootstrap(bench.records(stage), bench.records(control), "overall")
-        differences.append({"stage": stage, "control": control, "difference": difference, "low": low, "high": high})
-        print(f"| {stage} - {control} | {difference:+.3f} | {low:+.3f} to {high:+.3f} |")
     if merged:
-        differences += report_merge(merged)
+        report_merge(merged)
+    differences = []
+    print("\n| difference | of | value | 95 % |\n| --- | --- | --- | --- |")
+    for one in bench.comparisons(merged):
+        difference, low, high = one.difference()
+        names = {"stage": one.stage, "control": one.control}
+        differences.append({**names, "difference": difference, "low": low, "high": high})
+        print(f"| {one.stage} - {one.control} | {one.metric} | {difference:+.3f} | {told((low, high))} |")
     return {"seed": bench.seed, "arms": rows, "differences": differences, "merge": merged}
 
 
-def report_merge(merged: dict[str, Any]) -> list[dict[str, Any]]:
-    """Prints the sweep, and the best mix against each variant; gives the differences."""
+def report_merge(merged: dict[str, Any]) -> None:
+    """Prints the sweep, and the best mix beside the variants."""
     print("\n| words | counting | mean of both | word | counting |\n| --- | --- | --- | --- | --- |")
     for row in merged["rows"]:
         found = " | ".join(f"{row['metrics'][name]:.3f}" for name in ("mean", "word", "counting"))
         print(f"| {row['weights'][0]:g} | {row['weights'][1]:g} | {found} |")
-    judged, differences = merged["judged"], []
-    print(f"\nbest mix: {merged['best']}; on other noise:\n\n| | mean of both | merge less it | 95 % |")
+    print(f"\nbest mix: {merged['best']}; on other noise:\n\n| | mean of both | word | counting |")
     print("| --- | --- | --- | --- |")
-    for name, records in judged.items():
-        difference, low, high = paired_bootstrap(judged["merge"], records, "skills")
-        differences.append({"stage": "merge", "control": name, "difference": difference, "low": low, "high": high})
-        mean = accuracies(records)["skills"]
-        print(f"| {name} | {mean:.3f} | {difference:+.3f} | {low:+.3f} to {high:+.3f} |")
-    return differences
+    for name, records in merged["judged"].items():
+        found = accuracies(records)
+        print(f"| {name} | " + " | ".join(f"{found[metric]:.3f}" for metric in ("skills", "word", "counting")) + " |")
+
+
+def report_together(seeds: Sequence[Sequence[Comparison]]) -> list[dict[str, Any]]:
+    """Prints the comparisons of all seeds as one; gives what stands in the table."""
+    rows = []
+    print("\n| all seeds | of | value | 95 % by prompt | 95 % by seed | seed by seed |\n|" + " --- |" * 6)
+    for same in zip(*seeds, strict=True):
+        pictures, of_control = ([p for one in same for p in getattr(one, name)] for name in ("pictures", "of_control"))
+        together = replace(same[0], pictures=pictures, of_control=of_control)
+        value, *by_prompt = together.difference()
+        each = [one.difference()[0] for one in same]
+        _, *by_seed = over_runs(each)
+        names = {"stage": together.stage, "control": together.control}
+        rows.append({**names, "difference": value, "by_prompt": by_prompt, "by_seed": by_seed, "each": each})
+        cells = [f"{together.stage} - {together.control}", together.metric, f"{value:+.3f}", told(by_prompt)]
+        print(f"| {' | '.join(cells)} | {told(by_seed)} | {'; '.join(f'{change:+.3f}' for change in each)} |")
+    return rows
+
+
+def told(ends: Sequence[float | None]) -> str:
+    return " to ".join("-" if end is None else f"{end:+.3f}" for end in ends)
 
 
 def main() -> None:
@@ -283,13 +328,16 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in options.seeds:
-        bench = Bench(options.folder, seed, options.overrides, options.scale)
-        for arm in ARMS:
+        arms = [arm for arm in ARMS if arm.name not in options.without]
+        bench = Bench(options.folder, seed, arms, options.overrides, options.scale)
+        for arm in arms:
             bench.plan(arm)
             bench.run(arm)
         results.append((bench, bench.merge()))
     tables = [report(bench, merged) for bench, merged in results]
-    (options.folder / "curriculum.json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+    together = report_together([bench.comparisons(merged) for bench, merged in results])
+    found = {"seeds": tables, "together": together}
+    (options.folder / "curriculum.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def parse_options() -> argparse.Namespace:
@@ -297,6 +345,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--folder", type=Path, default=Path("outputs/curriculum"))
     parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps")
+    parser.add_argument("--without", nargs="+", default=[], choices=CONTROLS, help="controls that are left out")
     parser.add_argument("overrides", nargs="*", help="key=value for every run")
     return parser.parse_args()
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.report.difference import Difference, Pair, paired_difference
+from evaluation.report.difference import over_runs
 from zimage_lit.errors import UserError
 from zimage_lit.files import read_json
 from zimage_lit.graph import OVERALL, read_graph
@@ -61,16 +61,9 @@ def table(runs: Sequence[Sequence[Row]]) -> list[list[str]]:
             both = [(before, after) for before, after in pairs if before is not None and after is not None]
             changes = [row.changes[against].value for row in rows]
             each = "; ".join(f"{value:+.3f}" for value in changes)
-            by_prompt, by_seed = change(stage.lifts, both), over_seeds(changes)
+            by_prompt, by_seed = change(stage.lifts, both), over_runs(changes)
             lines.append([*told_once, against, told(by_prompt), told(by_seed), each, evaluations])
     return lines
-
-
-def over_seeds(changes: Sequence[float]) -> Difference:
-    """The mean with the paired t test's interval, of runs that differ in nothing but their seed."""
-    found = paired_difference([Pair("", f"run {number}", 1.0, 0.0, value) for number, value in enumerate(changes)])
-    assert found is not None  # there is at least one run
-    return found
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ def test_arms_are_run_once_with_equal_compute_and_end_in_tables(
     arms = [arm for arm in benchmark.ARMS if not arm.name.startswith("sft-")]  # without the variants to be merged
     monkeypatch.setattr(benchmark, "ARMS", arms)
     benchmark.main()
-    (seed,) = json.loads((tmp_path / "outputs/curriculum/curriculum.json").read_text())
+    found = json.loads((tmp_path / "outputs/curriculum/curriculum.json").read_text())
+    (seed,) = found["seeds"]
+    assert [row["each"] for row in found["together"]] == [[row["difference"]] for row in seed["differences"]]
     arms = {row["arm"]: row for row in seed["arms"]}
     assert list(arms) == [arm.name for arm in benchmark.ARMS]
     for stage, control in benchmark.QUESTIONS:
@@ -54,8 +56,10 @@ def test_arms_are_run_once_with_equal_compute_and_end_in_tables(
     assert arms["low-res-longer"]["steps"] > arms["omni"]["steps"]  # its steps are smaller
     assert [(row["stage"], row["control"]) for row in seed["differences"]] == list(benchmark.QUESTIONS)
     capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["curriculum.py", *SMALL[:1], "--without", "low-res-longer", "--", *SMALL[1:]])
     benchmark.main()
-    assert capsys.readouterr().out.count("is finished") == len(benchmark.ARMS)
+    told = capsys.readouterr().out
+    assert told.count("is finished") == len(benchmark.ARMS) - 1 and "low-res-longer" not in told
 
 
 def test_the_control_differs_in_its_data_alone(benchmark: ModuleType) -> None:
@@ -94,3 +98,18 @@ def test_the_bootstrap_pairs_pictures_and_means_tasks(benchmark: ModuleType) -> 
     assert found["overall"] == pytest.approx((5 * 0.5 + 1) / 6) and found["skills"] == 0.5
     only = [record for record in better if record["metadata"]["tag"] in benchmark.SKILLS]
     assert np.isclose(benchmark.accuracies(only)["skills"], 0.5) and "overall" not in benchmark.accuracies(only)
+
+
+def test_several_seeds_are_compared_as_one(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    half, all_right = [True, False] * 3, [True] * 6
+    plain = pictures(dict.fromkeys(TASKS, half))
+    better = pictures({task: all_right if task == "position" else half for task in TASKS})
+    best = pictures({task: all_right if task in ("position", "colors") else half for task in TASKS})
+    seeds = [[benchmark.Comparison("sft", "control", "overall", drawn, plain)] for drawn in (better, best)]
+    (row,) = benchmark.report_together(seeds)
+    assert row["each"] == pytest.approx([0.5 / 6, 1 / 6]) and row["difference"] == pytest.approx(0.75 / 6)
+    low, high = row["by_prompt"]
+    assert 0 < low < row["difference"] < high
+    low, high = row["by_seed"]  # two runs, 1 degree of freedom
+    assert (high - low) / 2 == pytest.approx(12.706 * (0.5 / 6) / 2, rel=1e-3)
+    assert "| sft - control | overall | +0.125 |" in capsys.readouterr().out

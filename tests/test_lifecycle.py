@@ -8,11 +8,9 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 from docs_pages import DOCS, blocks_of, run_words
 from mlflow import MlflowClient
-from scipy.stats import ttest_1samp
 
 from evaluation.fidelity.tinyworld_classifier import ClassifierConfig
 from zimage_lit import cli, graph_run
@@ -132,13 +130,6 @@ def test_runs_of_several_seeds_make_one_table(finished: Path, seeds: ModuleType,
             one, other = line[6].split("; ")
             assert one == other == line[4].split(" ")[0]  # both seeds together change as each of them has
             assert line[5] == one  # equal changes tell nothing of how much runs vary
-
-
-def test_an_interval_over_seeds_is_that_of_a_t_test(seeds: ModuleType) -> None:
-    changes = [0.05, 0.09, 0.14]
-    found = seeds.over_seeds(changes)
-    interval = ttest_1samp(changes, 0.0).confidence_interval(0.95)
-    assert found == pytest.approx((np.mean(changes), interval.low, interval.high))
 
 
 def test_a_run_that_is_not_finished_is_no_line_of_a_table(tmp_path: Path, seeds: ModuleType) -> None:

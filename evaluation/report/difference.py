@@ -86,6 +86,15 @@ def paired_difference(pairs: Sequence[Pair]) -> Difference | None:
     return Difference(value, value - half, value + half)
 
 
+def over_runs(changes: Sequence[float]) -> Difference:
+    """The mean change of runs that differ in nothing but their seed, with the interval of the paired t test."""
+    value, variance, number = mean_and_variance([(change, 1.0) for change in changes])
+    if number < 2 or variance == 0:
+        return Difference(value, None, None)
+    half = float(student.ppf(0.975, number - 1)) * math.sqrt(variance)
+    return Difference(value, value - half, value + half)
+
+
 def mean_and_variance(prompts: Sequence[tuple[float, float]]) -> tuple[float, float, int]:
     """(Σ gained / Σ weight, its variance by leaving out one prompt after the other, the number of prompts)."""
     gained, weight = (math.fsum(column) for column in zip(*prompts, strict=True))

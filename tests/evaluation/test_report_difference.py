@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from result_folders import MODULES, result_folder
-from scipy.stats import ttest_ind, ttest_rel
+from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 
-from evaluation.report.difference import Pair, common, paired_difference, pairs_of, settings_that_differ
+from evaluation.report.difference import Pair, common, over_runs, paired_difference, pairs_of, settings_that_differ
 from evaluation.report.results import read_result
 
 
@@ -62,6 +62,14 @@ def test_prompts_that_do_not_show_how_much_they_vary_give_no_interval():
     assert paired_difference([Pair("", str(i), 1, 0.5, 0.75) for i in range(9)]) == (0.25, None, None)
     assert paired_difference([*of_dice(9, 1, "a"), *of_dice(1, 2, "b")]).low is None
     assert paired_difference([]) is None
+
+
+def test_runs_have_the_interval_of_the_paired_t_test():
+    changes = [0.05, 0.09, 0.14]
+    test = ttest_1samp(changes, 0).confidence_interval()
+    assert over_runs(changes) == pytest.approx((statistics.fmean(changes), test.low, test.high), abs=1e-12)
+    assert over_runs([0.07] * 3) == (pytest.approx(0.07), None, None)
+    assert over_runs([0.07]) == (0.07, None, None)
 
 
 @pytest.mark.parametrize("key", [key for key in MODULES if not key.startswith("oneig")])
