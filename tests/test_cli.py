@@ -1,6 +1,7 @@
 """The commands: what they answer at once, how they refuse, and how a run ends, stops and continues."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -206,6 +207,12 @@ def test_a_run_leaves_its_settings_and_status_and_is_not_repeated(toy: Path, cap
     assert cli.main(["run", "toy", "run.resume=never", "model.init_args.dropout=0.3"]) == 0
     assert read_status(Path("outputs/toy.1")) == {"status": "finished", "step": 15}
     assert read_status(Path("outputs/toy")) == {"status": "finished", "step": 12}
+
+
+def test_the_bar_is_that_of_the_run_and_no_line_advertises(toy: Path) -> None:
+    out, err = command("run", "toy", "trainer.enable_progress_bar=true").communicate()
+    assert re.search(r"Training .* 12/12 ", out)
+    assert "GPU available" in err and "Tip" not in err and "TPU" not in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

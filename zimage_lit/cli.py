@@ -75,6 +75,7 @@ IDLE_WARNINGS = (
     "You passed in a `val_dataloader` but have no `validation_step`",  # of a stage without
 )
 IDLE_LOGGER = "torch.utils._pytree"  # warns twice wherever torchao lies beside peft
+IDLE_LINES = ("💡 Tip", "TPU available")  # of Lightning's: a service, and devices that nothing here runs on
 
 EXPERIMENT_SECTIONS = ("run", "seed_everything", "trainer", "model", "data")
 
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "zimage") -> int
     """The `zimage` command. Returns the exit code: 0, 1 (failed while running), 2 (wrong settings), 128 + signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger(IDLE_LOGGER).setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(says_something)
     if words == ["--version"]:
         print(f"zimage-lit {__version__}")
         return 0
@@ -202,6 +204,10 @@ def experiment(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------- training
 
 
+def says_something(line: logging.LogRecord) -> bool:
+    return not line.getMessage().startswith(IDLE_LINES)
+
+
 def train(name: str, overrides: list[str]) -> int:
     """Compose, check, build and fit one experiment; returns the exit code."""
     config = compose(name, overrides)
@@ -225,7 +231,10 @@ def train(name: str, overrides: list[str]) -> int:
 
 def fit(settings: RunSettings, config: dict[str, Any], checkpoint: Path | None, first_process: bool) -> int:
     """Build trainer, model and data from checked settings and train; returns the exit code."""
+    from lightning.pytorch.callbacks import RichProgressBar
+
     from zimage_lit.callbacks.clean_stop import CleanStop, RunStopped
+    from zimage_lit.callbacks.progress_bar import RunProgressBar
     from zimage_lit.callbacks.run_config import RunConfig
     from zimage_lit.run_folder import write_status
     from zimage_lit.stages.initial_weights import check_beginning, read_checkpoint
@@ -243,6 +252,7 @@ def fit(settings: RunSettings, config: dict[str, Any], checkpoint: Path | None, 
     trainer, clean_stop = built.trainer, CleanStop(settings.output_dir)
     checkpoints = [callback for callback in trainer.callbacks if callback in trainer.checkpoint_callbacks]
     others = [callback for callback in trainer.callbacks if callback not in checkpoints]
+    others = [RunProgressBar() if type(callback) is RichProgressBar else callback for callback in others]
     trainer.callbacks = [RunConfig(settings.output_dir, config), *others, clean_stop, *checkpoints]
     try:
         trainer.fit(built.model, datamodule=built.datamodule, ckpt_path=checkpoint, weights_only=True)
