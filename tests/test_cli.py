@@ -1,5 +1,7 @@
 """The commands: what they answer at once, how they refuse, and how a run ends, stops and continues."""
 
+import dataclasses
+import importlib
 import os
 import re
 import signal
@@ -14,6 +16,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from zimage_lit import cli
+from zimage_lit.config import as_typed
 from zimage_lit.run_folder import read_status
 
 REPOSITORY = Path(__file__).parents[1]
@@ -213,6 +216,29 @@ def test_the_bar_is_that_of_the_run_and_no_line_advertises(toy: Path) -> None:
     out, err = command("run", "toy", "trainer.enable_progress_bar=true").communicate()
     assert re.search(r"Training .* 12/12 ", out)
     assert "GPU available" in err and "Tip" not in err and "TPU" not in err
+
+
+@pytest.mark.parametrize("name", cli.TASKS)
+def test_the_help_of_a_task_shows_what_its_settings_are_without_being_given(
+    name: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.main(["run", name, "--help"]) == 0
+    page = capsys.readouterr().out
+    module, settings = cli.TASKS[name].function.partition(":")[0], cli.TASKS[name].settings
+    for field in dataclasses.fields(getattr(importlib.import_module(module), settings)):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if default is dataclasses.MISSING:
+            assert re.search(rf"^  {field.name} \(must be given\) ", page, re.MULTILINE)
+        else:
+            default = list(default) if isinstance(default, tuple) else default
+            assert re.search(rf"^  {field.name}={re.escape(as_typed(default))}( |$)", page, re.MULTILINE)
+
+
+def test_the_help_of_a_task_names_the_values_that_can_be_chosen(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["run", "export", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert "pipeline, transformer, comfyui, lora-diffusers or lora-comfyui" in page
+    assert "bfloat16 or float32; of the written weights" in page
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

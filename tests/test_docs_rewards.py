@@ -173,6 +173,8 @@ def test_a_reward_with_a_network_loads_it_and_passes_over_other_prompts(walk: Re
     layer = torch.nn.Linear(3, 1)
     torch.save(layer.state_dict(), "probe.pt")
     image = torch.full((3, 4, 4), 255, dtype=torch.uint8)
+    config = {"class_path": "my_network.Probe", "init_args": {"weights": "probe.pt", "batch_size": 8}}
+    check_value("trainer.callbacks.probe", config, Callback)  # as in an experiment: its argument has no type
     probe = importlib.import_module("my_network").Probe("probe.pt")
     scores = RewardSet([probe]).score([image, image], ["a circle", "a square"])["probe"]
     torch.testing.assert_close(scores[0], (layer.weight.sum() + layer.bias[0]).detach())

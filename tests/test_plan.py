@@ -77,6 +77,11 @@ def test_the_experiment_may_be_named_as_a_key_and_any_key_may_be_mistyped(capsys
         assert code == 2 and named in printed, printed
 
 
+def test_a_graph_is_told_by_a_dry_run(capsys: pytest.CaptureFixture) -> None:
+    code, printed = plan(capsys, "lifecycle")
+    assert code == 2 and "lifecycle is a graph: `lightning run lifecycle --dry-run`" in printed
+
+
 def test_help_and_settings_of_the_task_name_the_experiment_first(capsys: pytest.CaptureFixture) -> None:
     code, printed = plan(capsys, "--help")
     assert code == 0 and "run plan EXPERIMENT [key=value …]" in printed and "gpu_hour_price=2.0" in printed

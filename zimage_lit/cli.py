@@ -347,21 +347,50 @@ def experiment_settings(words: list[str]) -> dict[str, Any]:
 
 
 def setting_lines(module_name: str, dataclass_name: str) -> str:
-    """Name, type, default and comment of every field, read from the source: importing it would import torch."""
-    spec = importlib.util.find_spec(module_name)
-    if spec is None or spec.origin is None:
-        raise UserError(f"{module_name} is not installed")
-    source = Path(spec.origin).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    classes = [
-        node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == dataclass_name
-    ]
+    """Name, default and comment of every field, read from the source: importing it would import torch."""
+    source = source_of(module_name)
+    lines, tree = source.splitlines(), ast.parse(source)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == dataclass_name]
     fields = [field for node in classes for field in node.body if isinstance(field, ast.AnnAssign)]
     rows = []
     for field in fields:
-        default = f"={ast.unparse(field.value)}" if field.value else " (must be given)"
-        rows.append((f"{ast.unparse(field.target)}{default}", comment_at(lines, field.lineno - 1)))
+        default = f"={as_typed(constant(field.value, tree))}" if field.value else " (must be given)"
+        meaning = "; ".join(filter(None, (choices(field.annotation), comment_at(lines, field.lineno - 1))))
+        rows.append((f"{ast.unparse(field.target)}{default}", meaning))
     return table(rows)
+
+
+def source_of(module_name: str) -> str:
+    spec = importlib.util.find_spec(module_name)
+    if spec is None or spec.origin is None:
+        raise UserError(f"{module_name} is not installed")
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def constant(value: ast.expr, module: ast.Module) -> Any:
+    """What an expression of a module is: a literal, `field(default_factory=dict)`, or the name of such a one, which may
+    be imported from another module."""
+    if isinstance(value, ast.Call):
+        factories = {ast.unparse(keyword.value) for keyword in value.keywords if keyword.arg == "default_factory"}
+        return {"dict": {}, "list": []}[factories.pop()]
+    if not isinstance(value, ast.Name):
+        literal = ast.literal_eval(value)
+        return list(literal) if isinstance(literal, tuple) else literal
+    for node in module.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == value.id:
+            return constant(node.value, module)
+        if isinstance(node, ast.ImportFrom) and value.id in [alias.name for alias in node.names]:
+            return constant(value, ast.parse(source_of(str(node.module))))
+    raise KeyError(value.id)
+
+
+def choices(annotation: ast.expr) -> str:
+    """The values of a `Literal[…]`, alone or in a union with None."""
+    for node in ast.walk(annotation):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
+            values = [str(value) for value in ast.literal_eval(f"[{ast.unparse(node.slice).strip('()')}]")]
+            return f"{', '.join(values[:-1])} or {values[-1]}"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------- help pages

@@ -21,7 +21,7 @@ from zimage_lit.backbone import S3DiT
 from zimage_lit.backbone.flops import padded
 from zimage_lit.backbone.memory import Adapters, Keeping
 from zimage_lit.backbone.parallelize import PRECISIONS, ParallelizeSettings
-from zimage_lit.config import compose, settings_from
+from zimage_lit.config import compose, is_graph, settings_from
 from zimage_lit.errors import UserError
 from zimage_lit.lora import LoRASettings, apply_lora, lora_layers, type_of_base
 from zimage_lit.stages.initial_weights import backbone_config
@@ -71,6 +71,10 @@ class Training:
 
 def compose_leniently(experiment: str, overrides: list[str]) -> dict[str, Any]:
     """The settings of an experiment, checked; what it leaves to the person who runs it may stay open here."""
+    if is_graph(experiment):
+        raise UserError(
+            f"{experiment} is a graph: `lightning run {experiment} --dry-run` says what its stages would take."
+        )
     config = compose(experiment, overrides, gaps=NOT_GIVEN)
     checked = dict(config)
     callbacks = config.get("trainer", {}).get("callbacks")

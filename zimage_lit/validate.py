@@ -12,7 +12,7 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -130,16 +130,22 @@ def check_type(key: str, value: Any, hint: Any) -> None:
     matches = value is not None or is_none_allowed(hint)
     if matches and value is not None:
         parser = ArgumentParser(exit_on_error=False)
-        try:
-            parser.add_argument("--value", type=hint)
-        except ValueError:
-            return  # a hint that jsonargparse does not know: the constructor itself must judge
+        parser.add_function_arguments(taking(hint), fail_untyped=False)  # as LightningCLI adds them
         try:
             parser.parse_object({"value": copy.deepcopy(value)})  # it rewrites components in a mapping where they are
         except ArgumentError:
             matches = False
     if not matches:
         raise UserError(f"{key} must be {describe(hint)}, not {shown(value)}")
+
+
+def taking(hint: Any) -> Callable[[Any], None]:
+    """A function of one argument of this type."""
+
+    def function(value: Any) -> None: ...
+
+    function.__annotations__["value"] = hint
+    return function
 
 
 def as_mapping(key: str, value: Any) -> dict[str, Any]:
