@@ -25,6 +25,7 @@ def line_plot(
 
 
 def as_png(plot: Figure) -> bytes:
+    """The figure's PNG, at 110 dots per inch."""
     buffer = io.BytesIO()
     plot.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
