@@ -264,7 +264,7 @@ def paired_bootstrap(stage: Sequence[Picture], control: Sequence[Picture], metri
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def report(bench: Bench, merged: dict[str, Any] | None) -> dict[str, Any]:
+def report(bench: Bench, merged: dict[str, Any] | None, compared: Sequence[Comparison]) -> dict[str, Any]:
     """Prints the tables of a seed; gives what stands in them."""
     rows: list[dict[str, Any]] = []
     for arm in bench.arms:
@@ -281,7 +281,7 @@ def report(bench: Bench, merged: dict[str, Any] | None) -> dict[str, Any]:
         report_merge(merged)
     differences = []
     print("\n| difference | of | value | 95 % |\n| --- | --- | --- | --- |")
-    for one in bench.comparisons(merged):
+    for one in compared:
         difference, low, high = one.difference()
         names = {"stage": one.stage, "control": one.control}
         differences.append({**names, "difference": difference, "low": low, "high": high})
@@ -327,15 +327,16 @@ def main() -> None:
     options = parse_options()
     options.folder.mkdir(parents=True, exist_ok=True)
     results = []
+    arms = [arm for arm in ARMS if arm.name not in options.without]
     for seed in options.seeds:
-        arms = [arm for arm in ARMS if arm.name not in options.without]
         bench = Bench(options.folder, seed, arms, options.overrides, options.scale)
         for arm in arms:
             bench.plan(arm)
             bench.run(arm)
-        results.append((bench, bench.merge()))
-    tables = [report(bench, merged) for bench, merged in results]
-    together = report_together([bench.comparisons(merged) for bench, merged in results])
+        merged = bench.merge()
+        results.append((bench, merged, bench.comparisons(merged)))
+    tables = [report(*result) for result in results]
+    together = report_together([compared for _, _, compared in results])
     found = {"seeds": tables, "together": together}
     (options.folder / "curriculum.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

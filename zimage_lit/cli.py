@@ -388,8 +388,8 @@ def choices(annotation: ast.expr) -> str:
     """The values of a `Literal[…]`, alone or in a union with None."""
     for node in ast.walk(annotation):
         if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
-            values = [str(value) for value in ast.literal_eval(f"[{ast.unparse(node.slice).strip('()')}]")]
-            return f"{', '.join(values[:-1])} or {values[-1]}"
+            *others, last = map(str, ast.literal_eval(node.slice))
+            return f"{', '.join(others)} or {last}"
     return ""
 
 

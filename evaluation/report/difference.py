@@ -88,11 +88,10 @@ def paired_difference(pairs: Sequence[Pair]) -> Difference | None:
 
 def over_runs(changes: Sequence[float]) -> Difference:
     """The mean change of runs that differ in nothing but their seed, with the interval of the paired t test."""
-    value, variance, number = mean_and_variance([(change, 1.0) for change in changes])
-    if number < 2 or variance == 0:
-        return Difference(value, None, None)
-    half = float(student.ppf(0.975, number - 1)) * math.sqrt(variance)
-    return Difference(value, value - half, value + half)
+    found = paired_difference([Pair("", f"run {number}", 1.0, 0.0, change) for number, change in enumerate(changes)])
+    if found is None:
+        raise ValueError("no runs, no change")
+    return found
 
 
 def mean_and_variance(prompts: Sequence[tuple[float, float]]) -> tuple[float, float, int]:
